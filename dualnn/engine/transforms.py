@@ -1,0 +1,170 @@
+r"""Transforms of functions: `jvp` and `jacobian`, by pushing dual tensors through them once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dualnn.engine.dual_tensor import DualTensor, checked_tangent, make, seed
+from dualnn.engine.errors import DualShapeError, StructureError, unknown_name
+from dualnn.engine.levels import fresh_level
+from dualnn.engine.tangents import Dense, Tangent, Zero
+
+STRUCTURES = ("dense", "elementwise")
+
+
+def push(fn: Callable, primals: Sequence[Any], tangents: Sequence[Tangent | None]) -> tuple[Any, Any]:
+    """Run ``fn`` on duals of a fresh level.
+
+    Args:
+        fn: The function.
+        primals: Its positional arguments.
+        tangents: A tangent for each, or None for a constant.
+
+    Returns:
+        ``(out, dout)`` in fn's own structure; the leaves of ``dout`` are `Tangent` objects (`Zero` where an output
+        does not depend on the inputs), None for outputs that are not floating point tensors.
+    """
+    with fresh_level() as level:
+        duals = [p if t is None else make(p, t, level) for p, t in zip(primals, tangents, strict=True)]
+        num = next(t.num for t in tangents if t is not None)
+        leaves, spec = pytree.tree_flatten(fn(*duals))
+    values: list[Any] = []
+    pushed: list[Tangent | None] = []
+    for leaf in leaves:
+        if isinstance(leaf, DualTensor) and leaf._level == level:
+            values.append(leaf._primal)
+            pushed.append(leaf._tan)
+        else:
+            values.append(leaf)
+            pushed.append(Zero(num) if isinstance(leaf, Tensor) and leaf.dtype.is_floating_point else None)
+    return pytree.tree_unflatten(values, spec), pytree.tree_unflatten(pushed, spec)
+
+
+def dense_of(tan: Tangent | None, value: Any) -> Tensor | None:
+    """A tangent as a tensor ``(K, *value.shape)``; zeros for a structural zero."""
+    if tan is None:
+        return None
+    if tan.is_zero:
+        return torch.zeros((tan.num, *value.shape), dtype=value.dtype, device=value.device)
+    return tan.dense()
+
+
+def jvp(fn: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    r"""Value and K directional derivatives, :math:`f(x)` and :math:`J_f(x)\,\dot x_k`, in one forward pass.
+
+    Nothing is taped: memory does not depend on how many operations or iterations ``fn`` runs.
+
+    Args:
+        fn: A function of tensors; returns a tensor or any nesting of tuples, lists and dicts of them.
+        primals: Its arguments.
+        tangents: One for each primal: ``(K, *shape)``, or ``shape`` for one direction. All alike.
+
+    Returns:
+        ``(out, dout)`` in the structure that ``fn`` returns. ``dout`` is ``(K, *out.shape)`` (without K if the
+        tangents had none); zeros for a floating output that does not depend on the inputs, None for an integer one.
+
+    Raises:
+        DualShapeError: Tangents do not fit their primals or disagree on K.
+        UnsupportedOpError: ``fn`` used an op that has no derivative rule.
+
+    Example:
+        >>> import torch, dualnn as dn
+        >>> out, dout = dn.jvp(torch.sin, (torch.tensor(0.0),), (torch.tensor(2.0),))
+        >>> float(out), float(dout)
+        (0.0, 2.0)
+    """
+    if not isinstance(primals, tuple) or not isinstance(tangents, tuple):
+        raise DualShapeError("primals and tangents must be tuples: write jvp(fn, (x,), (v,))")
+    if len(primals) != len(tangents) or not primals:
+        raise DualShapeError(f"{len(primals)} primals need as many tangents, got {len(tangents)}")
+    checked = [checked_tangent(p, t) for p, t in zip(primals, tangents, strict=True)]
+    single = {t.dim() == p.dim() for p, t in zip(primals, checked, strict=True)}
+    if len(single) > 1:
+        raise DualShapeError("either all tangents have a leading K axis or none has")
+    one = single.pop()
+    seeds = [t.unsqueeze(0) if one else t for t in checked]
+    if len({len(t) for t in seeds}) > 1:
+        raise DualShapeError(f"tangents disagree on the number of directions: K = {[len(t) for t in seeds]}")
+    out, pushed = push(fn, primals, [seed(t) for t in seeds])
+    leaves, spec = pytree.tree_flatten(out)
+    tans = pytree.tree_leaves(pushed, is_leaf=lambda x: x is None)
+    dense = [dense_of(t, v) for t, v in zip(tans, leaves, strict=True)]
+    return out, pytree.tree_unflatten([d if d is None or not one else d[0] for d in dense], spec)
+
+
+def basis(x: Tensor, start: int, stop: int) -> Tensor:
+    """Unit directions ``start … stop - 1`` of a tensor: ``(stop - start, *x.shape)``."""
+    rows = torch.zeros((stop - start, x.numel()), dtype=x.dtype, device=x.device)
+    rows[torch.arange(stop - start), torch.arange(start, stop)] = 1
+    return rows.reshape(stop - start, *x.shape)
+
+
+def jacobian(
+    fn: Callable,
+    x: Tensor,
+    structure: Literal["dense", "elementwise"] = "dense",
+    chunk: int | None = None,
+) -> Any:
+    r"""Jacobian :math:`\partial f / \partial x` by forward mode.
+
+    Args:
+        fn: Function of one tensor.
+        x: Where.
+        structure: ``"dense"`` pushes one direction per input. ``"elementwise"`` claims that output i depends on
+            input i only and pushes a single direction of ones; a second, random direction checks the claim.
+        chunk: Push at most this many directions at a time (dense).
+
+    Returns:
+        ``(*out.shape, *x.shape)`` for a dense Jacobian (a tuple, list or dict of them for such outputs), ``x.shape``
+        for an elementwise one.
+
+    Raises:
+        StructureError: The function is not elementwise.
+
+    Example:
+        >>> import torch, dualnn as dn
+        >>> dn.jacobian(lambda x: x.flip(0) * x, torch.tensor([2.0, 3.0]))
+        tensor([[3., 2.],
+                [3., 2.]])
+    """
+    if structure not in STRUCTURES:
+        raise unknown_name("structure", structure, STRUCTURES)
+    checked_tangent(x, x)
+    if structure == "elementwise":
+        return _elementwise_jacobian(fn, x)
+    size = x.numel()
+    step = max(size, 1) if chunk is None else chunk
+    if step < 1:
+        raise DualShapeError(f"chunk must be at least 1, got {chunk}")
+    pieces = []
+    for start in range(0, max(size, 1), step):
+        out, pushed = push(fn, (x,), [seed(basis(x, start, min(start + step, size)))])
+        leaves, spec = pytree.tree_flatten(out)
+        tans = pytree.tree_leaves(pushed, is_leaf=lambda t: t is None)
+        pieces.append([dense_of(t, v) for t, v in zip(tans, leaves, strict=True)])
+    columns = [None if part[0] is None else torch.cat(part) for part in zip(*pieces, strict=True)]
+    jacobians = [None if c is None else c.movedim(0, -1).reshape(*c.shape[1:], *x.shape) for c in columns]
+    return pytree.tree_unflatten(jacobians, spec)
+
+
+def _elementwise_jacobian(fn: Callable, x: Tensor) -> Tensor:
+    # Rademacher from a generator of its own: a check must not move the caller's random stream.
+    signs = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(0)).mul(2).sub(1)
+    signs = signs.to(device=x.device, dtype=x.dtype)
+    out, tan = push(fn, (x,), [Dense(torch.stack([torch.ones_like(signs), signs]))])
+    if not isinstance(out, Tensor) or out.shape != x.shape:
+        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise StructureError(f"an elementwise function maps {tuple(x.shape)} to itself, this one returned {shape}")
+    slope, probe = dense_of(tan, out)  # type: ignore[misc]
+    if not torch.allclose(probe, slope * signs, rtol=1e-3, atol=0, equal_nan=True):
+        worst = (probe - slope * signs).abs().max()
+        raise StructureError(
+            f"the function is not elementwise: along a random direction its derivative differs by {float(worst):.3g} "
+            "from an elementwise one. Use structure='dense'."
+        )
+    return slope

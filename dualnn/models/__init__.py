@@ -1,0 +1,10 @@
+"""Small plain LightningModules that know nothing about where their gradients come from."""
+
+from dualnn.models.activation import make_activation
+from dualnn.models.classifier import Classifier
+from dualnn.models.cnn import CNN
+from dualnn.models.logistic import LogisticRegression
+from dualnn.models.mlp import MLP
+from dualnn.models.newton_tanh import NewtonTanh
+
+__all__ = ["CNN", "MLP", "Classifier", "LogisticRegression", "NewtonTanh", "make_activation"]

@@ -1,0 +1,248 @@
+"""The callback that trains an unmodified LightningModule with another signal than backprop."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from dualnn.engine.errors import unknown_name
+from dualnn.layers.local_swap import restore_forward, swap_forward
+from dualnn.signals import Backprop, Signal, signal_loss
+from dualnn.training.errors import ResumeError, TrainingSetupError
+from dualnn.training.finite import check_finite_loss
+from dualnn.training.keys import step_key
+
+
+class _SignalStep:
+    """What stands in `trainer.strategy.training_step` while a run lasts (a class, so that it pickles)."""
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, signal: Signal, seed: int) -> None:
+        self.inner = trainer.strategy.training_step
+        self.trainer = trainer
+        self.module = module
+        self.signal = signal
+        self.seed = seed
+        self.active = True
+        self.calls_this_batch = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        step = partial(self.inner, *args, **kwargs)
+        if not self.active:
+            return step()
+        self.calls_this_batch += 1
+        if self.calls_this_batch > 1 and not isinstance(self.signal, Backprop):
+            raise _several_calls(self.signal, self.trainer.optimizers[0])
+        # total_batch_idx is saved in every checkpoint: a resumed run goes on with the next key.
+        key = step_key(self.seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.trainer.global_rank)
+        return signal_loss(step, self.module, self.signal, key)
+
+
+class DualPropagation(pl.Callback):
+    r"""Train an unmodified LightningModule by dual numbers: the whole step, or named modules inside backprop.
+
+    *Whole step* (``where="all"``): the user's `training_step`, with the precision plugin's context around it, runs
+    inside `dualnn.signals.signal_loss`. The loss that Lightning receives has a backward that writes the signal's
+    gradient; accumulation, clipping, the optimizer, mixed precision and checkpoints stay stock Lightning. All random
+    directions of a step follow from :math:`\mathrm{key}(\mathrm{seed}, \mathrm{batch}, \mathrm{rank})`, never from
+    the global generators: the batches, the initial weights and dropout equal those of a run by backprop, and a
+    resumed run equals the uninterrupted one bit for bit.
+
+    *Inside backprop* (``where=[…]``): the named modules run on dual numbers, and backprop takes their exact local
+    derivatives. This is the way to train a network of which a part cannot be backpropagated.
+
+    The module is as before when `fit` returns or raises. A loss that is nan or infinite ends the run.
+
+    Args:
+        signal: Where the gradient comes from, for ``where="all"``. With names it stays None (or a `Backprop`).
+        where: ``"all"``, or names of submodules, with ``*``, ``?`` and ``[…]`` as in file names (``["net.act*"]``).
+        seed: Seed of the directions. None takes the checkpoint's on resuming, else that of `seed_everything`, else 0.
+
+    Raises:
+        TrainingSetupError: The arguments contradict each other, or do not go with the trainer or module (manual
+            optimization, several processes, an optimizer that calls the step more than once).
+        ResumeError: `seed` is given and is not the checkpoint's.
+        NonFiniteLossError: The loss became nan or infinite.
+
+    Example:
+        >>> from dualnn.signals import ForwardGradient
+        >>> from dualnn.training import DualPropagation
+        >>> DualPropagation(ForwardGradient(tangents=16)).where
+        'all'
+        >>> DualPropagation(where=["net.act*"]).where
+        ['net.act*']
+    """
+
+    def __init__(
+        self,
+        signal: Signal | None = None,
+        where: Literal["all", "auto"] | list[str] = "all",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.where = _checked_where(where)
+        self.signal = _checked_signal(signal, self.where)
+        self.seed = seed
+        self._resumed: dict[str, Any] = {}
+        self._seed_in_use = 0
+        self._step: _SignalStep | None = None
+        self._swapped: list[str] = []
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the signal in place (the module is on its device and the checkpoint is loaded by now)."""
+        self._check_resumed()
+        self._seed_in_use = self._resolve_seed()
+        if self.signal is not None:
+            _check_trainer(trainer, pl_module, self.signal)
+            self._step = _SignalStep(trainer, pl_module, self.signal, self._seed_in_use)
+            # Lightning looks the method up by name for every batch, so an instance attribute is honoured.
+            trainer.strategy.training_step = self._step  # type: ignore[method-assign]
+        if self.where != "all":
+            self._swapped = swap_forward(pl_module, self.where)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """A new batch: the step may be called once again."""
+        if self._step is not None:
+            self._step.calls_this_batch = 0
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """A loss that is not finite ends the run here, before it reaches a weight."""
+        check_finite_loss(trainer, loss)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """The run is over."""
+        self._undo(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """The run broke; Lightning calls no `teardown` then."""
+        self._undo(trainer, pl_module)
+
+    def _undo(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._step is not None:
+            # Inactive first: if somebody wrapped our wrapper, it stays in the chain and only passes calls on.
+            self._step.active = False
+            if vars(trainer.strategy).get("training_step") is self._step:
+                del trainer.strategy.training_step
+            self._step = None
+        if self._swapped:
+            restore_forward(pl_module)
+            self._swapped = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: enough to continue with the same directions, and to notice other settings."""
+        own = self.signal.state_dict() if self.signal is not None else {}
+        return {"seed": self._seed_in_use, "signal": describe(self.signal), "where": self.where, "signal_state": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember a checkpoint's settings; they are compared when a fit starts."""
+        self._resumed = dict(state_dict)
+
+    def _resolve_seed(self) -> int:
+        if self.seed is not None:
+            return self.seed
+        if "seed" in self._resumed:
+            return int(self._resumed["seed"])
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))  # where seed_everything leaves its seed
+
+    def _check_resumed(self) -> None:
+        if not self._resumed:
+            return
+        if self.seed is not None and self.seed != self._resumed["seed"]:
+            raise ResumeError(
+                f"the checkpoint was made with DualPropagation(seed={self._resumed['seed']}), this run says "
+                f"seed={self.seed}: leave seed out to continue with the checkpoint's"
+            )
+        before = (self._resumed["signal"], self._resumed["where"])
+        now = (describe(self.signal), self.where)
+        if before != now:
+            # Changing the signal on purpose is a method (start with backprop, go on without), so no error.
+            warnings.warn(
+                f"the checkpoint was trained with signal={before[0]}, where={before[1]!r}; this run continues with "
+                f"signal={now[0]}, where={now[1]!r}",
+                stacklevel=2,
+            )
+        elif self.signal is not None:
+            self.signal.load_state_dict(self._resumed["signal_state"])
+
+
+def describe(signal: Signal | None) -> str:
+    """A signal as one line that is the same in every process: class and public settings.
+
+    Example:
+        >>> from dualnn.signals import Backprop
+        >>> describe(Backprop(checkpoint=True))
+        'Backprop(checkpoint=True)'
+    """
+    if signal is None:
+        return "None"
+    settings = ", ".join(f"{name}={value!r}" for name, value in vars(signal).items() if not name.startswith("_"))
+    return f"{type(signal).__name__}({settings})"
+
+
+def _checked_where(where: str | Sequence[str]) -> Literal["all"] | list[str]:
+    if where == "all":
+        return "all"
+    if where == "auto":
+        raise TrainingSetupError(
+            'where="auto" is to ask the doctor, which is not built yet: name the modules instead, for example '
+            'where=["net.act*"]'
+        )
+    if isinstance(where, str):
+        if "." in where or any(sign in where for sign in "*?["):
+            raise TrainingSetupError(f"where={where!r} looks like the name of a module: give a list, where=[{where!r}]")
+        raise unknown_name("value of where", where, ("all", "auto", "[names or globs]"))
+    names = list(where)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise TrainingSetupError(f'where={where!r}: give at least one name or glob of a module, or where="all"')
+    return names
+
+
+def _checked_signal(signal: Signal | None, where: str | list[str]) -> Signal | None:
+    if signal is not None and not isinstance(signal, Signal):
+        raise TrainingSetupError(
+            f"signal must be a signal, such as dualnn.signals.ForwardGradient(tangents=16), got {signal!r}"
+        )
+    if where == "all" and signal is None:
+        raise TrainingSetupError(
+            'where="all" replaces backprop in the whole step and needs a signal, for example '
+            'DualPropagation(ForwardGradient(tangents=16)); to swap single modules, name them: where=["net.act*"]'
+        )
+    if where != "all" and not isinstance(signal, Backprop | None):
+        raise TrainingSetupError(
+            f"where={where!r} swaps modules inside backprop, and {describe(signal)} replaces backprop altogether: "
+            'leave signal out, or use where="all"'
+        )
+    return signal
+
+
+def _check_trainer(trainer: pl.Trainer, module: pl.LightningModule, signal: Signal) -> None:
+    """Refuse what would train on a wrong gradient. `Backprop` leaves the step as it is, so it goes with anything."""
+    if isinstance(signal, Backprop):
+        return
+    if not module.automatic_optimization:
+        raise TrainingSetupError(
+            f"{type(module).__name__} optimizes manually: its training_step calls backward itself, and a whole-step "
+            "signal differentiates the loss that training_step returns. Use automatic optimization, or "
+            "dualnn.signals.signal_loss inside your step"
+        )
+    if trainer.world_size > 1:
+        # DistributedDataParallel averages gradients from hooks of a backward pass that does not take place here.
+        raise TrainingSetupError(
+            f"whole-step signals on several processes are not built yet (this trainer has {trainer.world_size}): use "
+            "devices=1, num_nodes=1, or where=[…], which stays inside backprop"
+        )
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise _several_calls(signal, optimizer)
+
+
+def _several_calls(signal: Signal, optimizer: Any) -> TrainingSetupError:
+    return TrainingSetupError(
+        f"{type(getattr(optimizer, 'optimizer', optimizer)).__name__} evaluates the step several times per batch and "
+        f"compares the results, which {describe(signal)} does not support: use an optimizer that needs one gradient "
+        "per batch (SGD, Adam, …), or Backprop()"
+    )
