@@ -26,14 +26,20 @@ if TYPE_CHECKING:  # what __getattr__ resolves, spelt out for type checkers
         solvers,
         training,
     )
+    from dualnn.diagnosis import doctor
     from dualnn.engine import (
         DualTensor,
         StructureError,
         TangentLostError,
         UnsupportedOpError,
+        custom_dual,
         dual,
+        gradcheck,
+        hessian,
+        hvp,
         jacobian,
         jvp,
+        laplacian,
     )
 
 __version__ = "0.1.0"
@@ -46,12 +52,18 @@ __all__ = [
     "activations",
     "bench",
     "conformance",
+    "custom_dual",
     "data",
     "diagnosis",
+    "doctor",
     "dual",
     "engine",
+    "gradcheck",
+    "hessian",
+    "hvp",
     "jacobian",
     "jvp",
+    "laplacian",
     "layers",
     "models",
     "signals",
@@ -74,14 +86,16 @@ _SUBPACKAGES = frozenset(
         "training",
     }
 )
-# Every other public name lives in dualnn.engine, under the same name.
+# Every other public name lives in dualnn.engine, under the same name, except:
+_HOMES = {"doctor": "dualnn.diagnosis"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _SUBPACKAGES:
         return importlib.import_module(f"dualnn.{name}")
     if name in __all__:
-        value = globals()[name] = getattr(importlib.import_module("dualnn.engine"), name)
+        home = _HOMES.get(name, "dualnn.engine")
+        value = globals()[name] = getattr(importlib.import_module(home), name)
         return value
     # `name` and `obj` let Python add "Did you mean: ...?"
     raise AttributeError(f"module 'dualnn' has no attribute {name!r}", name=name, obj=sys.modules[__name__])

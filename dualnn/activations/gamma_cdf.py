@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualnn.activations.base import Activation, Sample, apply, inverse_softplus
-from dualnn.activations.incomplete_gamma import density, log_gamma, lower_gamma, shape_derivative
 from dualnn.activations.registry import register
 from dualnn.engine.bridge import ClosedForm, elementwise
 from dualnn.engine.errors import DualInputError, unknown_name
+from dualnn.engine.incomplete_gamma import density, log_gamma, lower_gamma, shape_derivative
 
 
 def _log_softplus(x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 The theory is in ``THEORY.md`` beside this file.
 """
 
-from dualnn.engine import rules
+from dualnn.engine import fallback, rules
+from dualnn.engine.custom import custom_dual
 from dualnn.engine.dual_tensor import DualTensor, dual
 from dualnn.engine.errors import (
     ConvergenceError,
@@ -15,6 +16,8 @@ from dualnn.engine.errors import (
     UnknownNameError,
     UnsupportedOpError,
 )
+from dualnn.engine.gradcheck import GradcheckError, gradcheck
+from dualnn.engine.second_order import hessian, hvp, laplacian
 from dualnn.engine.transforms import jacobian, jvp
 
 __all__ = [
@@ -23,12 +26,19 @@ __all__ = [
     "DualShapeError",
     "DualTensor",
     "DualnnError",
+    "GradcheckError",
     "StructureError",
     "TangentLostError",
     "UnknownNameError",
     "UnsupportedOpError",
+    "custom_dual",
     "dual",
+    "fallback",
+    "gradcheck",
+    "hessian",
+    "hvp",
     "jacobian",
     "jvp",
+    "laplacian",
     "rules",
 ]

@@ -152,7 +152,8 @@ def slopes(
     where = floats(args)
     if only is not None:
         where = [where[only]]
-    tangents: list[Tangent | None] = [None] * len(args)
+    # Arguments that are not asked about are duals too (structural zeros): the function may write into their copies.
+    tangents: list[Tangent | None] = [Zero(len(where)) if i in floats(args) else None for i in range(len(args))]
     for k, i in enumerate(where):
         one = torch.ones((), dtype=args[i].dtype, device=args[i].device)
         tangents[i] = Separate(len(where), {k: one}, args[i].shape)

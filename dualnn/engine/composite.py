@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 GUARDS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-HOMES = ("torch.nn.functional", "torch.functional", "torch._tensor")
+HOMES = ("torch.nn.functional", "torch.functional", "torch._tensor", "torch._lowrank")
 
 
 def _no(*_: Any) -> bool:

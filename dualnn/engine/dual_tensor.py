@@ -108,6 +108,11 @@ class DualTensor(Tensor):
         cls, func: Callable, types: Iterable[type], args: Sequence = (), kwargs: dict | None = None
     ) -> Any:
         """Raise: an op reached the kernels without a rule, and would have dropped the tangents."""
+        if str(func) in ("aten.detach.default", "aten.alias.default"):
+            raise UnsupportedOpError(
+                "torch.tensor(x), plain.new_tensor(x), torch.FloatTensor(x) or nn.Parameter(x) of a DualTensor x would "
+                "copy its value and lose its tangents. Use x.clone() to keep them, x.detach() for the value alone."
+            )
         raise UnsupportedOpError(
             f"{func} met a DualTensor without passing a dual rule. If this happened inside a custom C++ op or "
             "torch.compile, call it on .primal and .tangent, or wrap it with dualnn.layers.Dual."
@@ -223,9 +228,11 @@ def top_level(args: Iterable[Any]) -> int:
 
 def count(level: int, args: Iterable[Any]) -> int:
     """Number of directions of the operands at ``level``; raises where they disagree."""
-    found = {x._tan.num for x in pytree.tree_leaves(list(args)) if isinstance(x, DualTensor) and x._level == level}
+    tangents = [x._tan for x in pytree.tree_leaves(list(args)) if isinstance(x, DualTensor) and x._level == level]
+    apart = [t.num for t in tangents if isinstance(t, PerSample)]
+    found = {t.num for t in tangents if not (apart and t.is_zero)}  # zero directions are zero for each sample too
     if len(found) > 1:
-        if any(isinstance(x, DualTensor) and isinstance(x._tan, PerSample) for x in pytree.tree_leaves(list(args))):
+        if apart:
             raise StructureError(
                 "a value reduced over the batch meets one that still depends on every sample: samples mix before "
                 "the loss, so there is no derivative per sample. Use per_sample=False."

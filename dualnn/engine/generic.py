@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualnn.engine.by_reverse import reverse_rule
 from dualnn.engine.dual_tensor import DualTensor, count, make, primal_of, split, top_level
 from dualnn.engine.inplace import inplace_of, link_view
 from dualnn.engine.registry import OpSpec, Rule, Sample, SampleMaker, register, spellings, unsupported
@@ -38,6 +39,7 @@ def elementwise(
     singular: bool = False,
     smooth: bool = True,
     flat: bool = False,
+    holomorphic: bool = True,
     also: Iterable[Callable] = (),
 ) -> None:
     """Register y_i = f(x_i).
@@ -51,11 +53,15 @@ def elementwise(
         singular: The derivative may be infinite at a finite point.
         smooth: False where the op has kinks in the sampled domain (samples avoid none of them).
         flat: The derivative is zero almost everywhere: results are structural zeros.
+        holomorphic: False where the function of a complex number has no complex derivative: then torch's reverse mode
+            gives the directions.
         also: More spellings.
     """
 
     def rule(func: Callable, call: tuple, kwargs: dict) -> DualTensor:
         x, call, kwargs = first(func, call, kwargs)
+        if not holomorphic and x.dtype.is_complex:
+            return reverse_rule(func, (x, *call), kwargs)
         value = func(x._primal, *call, **kwargs)
         if flat:
             return make(value, Zero(x._tan.num), x._level)
@@ -106,6 +112,8 @@ def binary(
         if level == 0:
             raise unsupported(func, "got a dual in an argument that it does not differentiate")
         (pa, ta), (pb, tb) = split(a, level), split(b, level)
+        if isinstance(a, DualTensor) and isinstance(b, DualTensor) and a._tan.num != b._tan.num:
+            count(level, (a, b))
         value = func(pa, pb, **kwargs)
         tan: Tangent | None = None
         if ta is not None:
@@ -113,8 +121,6 @@ def binary(
         if tb is not None:
             part = tb.scale(d_second(pa, pb, value, **kwargs), value.shape, singular)
             tan = part if tan is None else tan.plus(part)
-        if ta is not None and tb is not None and ta.num != tb.num:
-            count(level, (a, b))
         return make(value, tan or Zero(count(level, (a, b))), level)
 
     functions = [*spellings(name), *also]
@@ -141,6 +147,7 @@ def pushforward(
     *,
     also: Iterable[Callable] = (),
     view: bool = False,
+    like: bool = False,
     smooth: bool = True,
     functions: Iterable[Callable] | None = None,
 ) -> Callable[[Callable], Callable]:
@@ -152,7 +159,7 @@ def pushforward(
     """
 
     def decorate(push: Callable) -> Callable:
-        rule = pushforward_rule(push, view)
+        rule = pushforward_rule(push, view, like)
         found = list(functions) if functions is not None else spellings(name)
         found = [*found, *also]
         spec = None if samples is None else OpSpec(name, found[0], samples, smooth=smooth)
@@ -163,19 +170,35 @@ def pushforward(
     return decorate
 
 
-def pushforward_rule(push: Callable, view: bool = False) -> Rule:
+def pushforward_rule(push: Callable, view: bool = False, like: bool = False) -> Rule:
     """The rule of `pushforward`, unregistered."""
 
     def rule(func: Callable, call: tuple, kwargs: dict) -> Any:
+        if like:  # of the other tensor only the shape is read
+            call, kwargs = (call[0], *map(under, call[1:])), {k: under(v) for k, v in kwargs.items()}
+            if not isinstance(call[0], DualTensor):
+                return func(*call, **kwargs)
         x, call, kwargs = first(func, call, kwargs)
         value = func(x._primal, *call, **kwargs)
+        if value is x._primal:  # torch returned its argument (contiguous, flatten of a vector, …): so do we
+            return x
+
+        def moved(t: Tensor) -> Any:
+            try:
+                return push(t, x._primal, value, *call, **kwargs)
+            except ZeroDim:  # torch takes a 0-dim tensor with dim=0 for one of a single entry
+                found = push(t.unsqueeze(1), x._primal.unsqueeze(0), value, *call, **kwargs)
+            if isinstance(value, Tensor):
+                return found.reshape(t.shape[0], *value.shape)
+            return [f if f is None else f.reshape(t.shape[0], *v.shape) for f, v in zip(found, value, strict=True)]
+
         if isinstance(value, Tensor):
-            tan = x._tan.map(lambda t: push(t, x._primal, value, *call, **kwargs))
+            tan = x._tan.map(moved)
             parts: list[Tensor] = [make(value, tan, x._level)]
         elif x._tan.is_zero:
             parts = [make_float(v, x._tan, x._level) for v in value]
         else:
-            pushed = push(x._tan.dense(), x._primal, value, *call, **kwargs)
+            pushed = moved(x._tan.dense())
             tangents = [None if t is None else x._tan.map(_constantly(t)) for t in pushed]
             parts = [make_float(v, t, x._level) for v, t in zip(value, tangents, strict=True)]
         if view:
@@ -198,6 +221,7 @@ def operands(
     also: Iterable[Callable] = (),
     functions: Iterable[Callable] | None = None,
     smooth: bool = True,
+    reverse: bool = True,
 ) -> Callable[[Callable], Callable]:
     """Register an op of several tensors.
 
@@ -233,7 +257,7 @@ def operands(
 
         found = list(functions) if functions is not None else spellings(name)
         found = [*found, *also]
-        spec = None if samples is None else OpSpec(name, found[0], samples, smooth=smooth)
+        spec = None if samples is None else OpSpec(name, found[0], samples, smooth=smooth, reverse=reverse)
         register(*found, rule=rule, spec=spec)
         register_inplace(name, rule, found)
         return push
@@ -297,16 +321,25 @@ def both(func: Callable, call: tuple, kwargs: dict) -> tuple[Any, Any, dict]:
 
 def make_float(value: Tensor, tan: Tangent | None, level: int) -> Tensor:
     """A dual from a float result; integer results (indices) stay plain."""
-    return value if tan is None or not value.dtype.is_floating_point else make(value, tan, level)
+    continuous = value.dtype.is_floating_point or value.dtype.is_complex
+    return value if tan is None or not continuous else make(value, tan, level)
 
 
 def last(dim: int, x: Tensor) -> int:
     """The same dimension counted from the end, so that a leading K axis does not move it."""
-    return dim - max(x.dim(), 1) if dim >= 0 else dim
+    if x.dim() == 0:
+        raise ZeroDim
+    return dim - x.dim() if dim >= 0 else dim
+
+
+class ZeroDim(Exception):
+    """A 0-dim tensor has no dimension beside K: `pushforward` gives it one and tries again."""
 
 
 def lasts(dim: Any, x: Tensor) -> tuple[int, ...]:
     """Dimensions counted from the end; None means all of them."""
+    if x.dim() == 0:
+        raise ZeroDim  # an empty tuple would mean all of the directions' dimensions, K among them
     if dim is None or (isinstance(dim, (list, tuple)) and len(dim) == 0):
         return tuple(range(-x.dim(), 0))
     if isinstance(dim, int):

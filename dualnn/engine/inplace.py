@@ -57,8 +57,8 @@ def write(target: Any, value: Any, func: Callable) -> Any:
     others = [m for m in map(_alive, target._family or ()) if m is not None and m is not target]
     if others:
         raise UnsupportedOpError(
-            f"{name} writes in place to a dual that shares memory with a view (or is one). Write out of place, or "
-            "call .clone() on the view before writing."
+            f"{name} writes in place to a dual that shares memory with a view (or is one). Write out of place "
+            "(x[i] = x[i] + v in place of x[i] += v), or call .clone() on the view before writing."
         )
     if value.shape != target.shape:
         raise UnsupportedOpError(

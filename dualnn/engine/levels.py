@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dualnn.engine.custom_functions import refusing_duals
+
 _counter = itertools.count(1)
 
 
@@ -29,7 +31,8 @@ def fresh_level() -> Iterator[int]:
     level = next(_counter)
     _context.stack.append(next(_counter))
     try:
-        yield level
+        with refusing_duals():
+            yield level
     finally:
         _context.stack.pop()
 

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from dualnn.engine.dual_tensor import DualTensor
+from dualnn.engine.errors import UnsupportedOpError
+
 
 @contextmanager
 def swapped(module: nn.Module, replacement: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
@@ -15,9 +18,13 @@ def swapped(module: nn.Module, replacement: Mapping[nn.Parameter, Tensor]) -> It
     Args:
         module: The module whose submodules are searched.
         replacement: The tensor that stands in for each parameter.
+
+    Raises:
+        UnsupportedOpError: A parameter was written to in place meanwhile (the write would be lost).
     """
     undo: list[tuple[nn.Module, str, nn.Parameter]] = []
     flat: list[tuple[nn.Module, list]] = []
+    values = [(r, r._primal) for r in replacement.values() if isinstance(r, DualTensor)]
     try:
         for sub in module.modules():
             for name, parameter in sub._parameters.items():
@@ -34,3 +41,12 @@ def swapped(module: nn.Module, replacement: Mapping[nn.Parameter, Tensor]) -> It
             sub._parameters[name] = parameter
         for sub, weights in flat:
             sub._flat_weights = weights  # type: ignore[assignment]
+    # A dual's parts are exchanged by a write, never overwritten: the parameter itself has not seen it.
+    written = {id(r) for r, value in values if r._primal is not value}
+    if written:
+        names = {name for _, name, p in undo if id(replacement[p]) in written}
+        raise UnsupportedOpError(
+            f"a parameter ({', '.join(sorted(names))}) was written to in place while its derivative was computed "
+            "(weights clipped or loaded inside the step): the write would be lost. Do it outside the step, for "
+            "example in a hook of the optimizer."
+        )

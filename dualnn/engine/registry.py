@@ -50,6 +50,8 @@ class OpSpec:
         samples: Takes a maker of random float64 tensors ``rand(*shape, low=-2, high=2)``, yields `Sample` objects.
         smooth: False where finite differences across a kink or jump would mislead.
         flat: The derivative is zero almost everywhere.
+        first_order_only: A second derivative raises (see `fallback`).
+        reverse: False where torch has no reverse mode to compare with (nor to differentiate the rule's value with).
     """
 
     name: str
@@ -57,6 +59,8 @@ class OpSpec:
     samples: SampleMaker
     smooth: bool = True
     flat: bool = False
+    first_order_only: bool = False
+    reverse: bool = True
 
 
 def register(*functions: Callable, rule: Rule, spec: OpSpec | None = None) -> None:
@@ -66,19 +70,25 @@ def register(*functions: Callable, rule: Rule, spec: OpSpec | None = None) -> No
             raise ValueError(f"{function} already has a dual rule")
         RULES[function] = rule
     if spec is not None:
-        if spec.name in SPECS:
-            raise ValueError(f"an op named {spec.name!r} is already registered")
-        SPECS[spec.name] = spec
+        add_spec(spec)
+
+
+def add_spec(spec: OpSpec) -> None:
+    """Let the standard tests find an op."""
+    if spec.name in SPECS:
+        raise ValueError(f"an op named {spec.name!r} is already registered")
+    SPECS[spec.name] = spec
 
 
 def rule_for(func: Callable) -> Rule:
-    """The rule of a callable; composite functions get one made from their Python body."""
+    """The rule of a callable: its own; one made from its Python body (`composite`); a verified `fallback`."""
     rule = RULES.get(func)
     if rule is not None:
         return rule
     from dualnn.engine.composite import composite_rule
+    from dualnn.engine.fallback import fallback_rule  # both need the dual tensor, which needs this module
 
-    rule = composite_rule(func)
+    rule = composite_rule(func) or fallback_rule(func)
     if rule is None:
         raise unsupported(func)
     RULES[func] = rule

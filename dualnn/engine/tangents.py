@@ -19,10 +19,12 @@ The place for a *scaled* tangent (a primal-shaped factor times a shared base) is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from dualnn.engine.errors import StructureError
 
@@ -213,9 +215,18 @@ def aligned(data: Tensor, ndim: int) -> Tensor:
 def scaled(data: Tensor, factor: Tensor | float, shape: torch.Size, singular: bool) -> Tensor:
     """``factor * data`` for directions ``(K, *s)``, of shape ``(K, *shape)``."""
     data = aligned(data, len(shape))
-    if singular:
+    if singular and not _surely_finite(factor):
         # log at 0 with directions (0, 1) has derivatives (0, inf): an exact zero does not meet the infinity.
         factor = torch.where(data == 0, torch.zeros((), dtype=data.dtype, device=data.device), factor)
     out = data if isinstance(factor, float) and factor == 1.0 else data * factor
     full = (data.shape[0], *shape)
     return out if out.shape == full else out.expand(full)
+
+
+def _surely_finite(factor: Tensor | float) -> bool:
+    """Whether a look at the numbers shows that they are finite; on devices where a look waits, no."""
+    if not isinstance(factor, Tensor):
+        return math.isfinite(factor)
+    if type(factor) not in (Tensor, torch.nn.Parameter) or factor.device.type != "cpu":
+        return False
+    return not is_functorch_wrapped_tensor(factor) and bool(torch.isfinite(factor).all())

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dualnn.engine.dual_tensor import DualTensor, checked_tangent, make, seed
-from dualnn.engine.errors import DualShapeError, StructureError, unknown_name
+from dualnn.engine.errors import DualShapeError, StructureError, UnsupportedOpError, unknown_name
 from dualnn.engine.levels import fresh_level
 from dualnn.engine.tangents import Dense, Tangent, Zero
 
@@ -39,6 +39,11 @@ def push(fn: Callable, primals: Sequence[Any], tangents: Sequence[Tangent | None
         if isinstance(leaf, DualTensor) and leaf._level == level:
             values.append(leaf._primal)
             pushed.append(leaf._tan)
+        elif isinstance(leaf, DualTensor) and leaf._level > level:
+            raise UnsupportedOpError(
+                "the function returned a DualTensor that it built itself from its arguments, which hides their "
+                "tangents under its own. Return its .primal and .tangent."
+            )
         else:
             values.append(leaf)
             pushed.append(Zero(num) if isinstance(leaf, Tensor) and leaf.dtype.is_floating_point else None)
@@ -148,7 +153,7 @@ def jacobian(
         tans = pytree.tree_leaves(pushed, is_leaf=lambda t: t is None)
         pieces.append([dense_of(t, v) for t, v in zip(tans, leaves, strict=True)])
     columns = [None if part[0] is None else torch.cat(part) for part in zip(*pieces, strict=True)]
-    jacobians = [None if c is None else c.movedim(0, -1).reshape(*c.shape[1:], *x.shape) for c in columns]
+    jacobians = [None if c is None else c.movedim(0, -1).reshape((*c.shape[1:], *x.shape)) for c in columns]
     return pytree.tree_unflatten(jacobians, spec)
 
 

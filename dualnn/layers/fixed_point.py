@@ -49,6 +49,8 @@ class FixedPoint(nn.Module):
         torch.Size([3, 3])
     """
 
+    one_layer = True  # signals perturb its result as a whole
+
     def __init__(self, module: nn.Module, tol: float | None = None, max_steps: int = 200, memory: int = 5) -> None:
         super().__init__()
         self.module = module

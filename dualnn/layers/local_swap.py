@@ -18,6 +18,8 @@ from dualnn.layers.local import LocalCall
 class LocalForward:
     """Stands in for a module's ``forward``: the same code, run on duals."""
 
+    one_layer = True  # signals perturb its result as a whole
+
     def __init__(self, module: nn.Module, structure: str) -> None:
         self.module = module
         self.local = LocalCall(structure)

@@ -42,7 +42,11 @@ def replace(model: nn.Module, rules: Mapping[type[nn.Module], Replacement], wher
     found: list[str] = []
     made: dict[nn.Module, nn.Module] = {}
     for name, parent in list(model.named_modules()):
-        for child_name, child in list(parent.named_children()):
+        if any(name == f or name.startswith(f + ".") for f in found):
+            continue  # inside a module that is gone
+        for child_name, child in list(parent._modules.items()):  # named_children() would name a shared one once
+            if child is None:
+                continue
             full = f"{name}.{child_name}" if name else child_name
             kind = next((k for k in rules if type(child) is k), None)
             if kind is None or not fnmatch.fnmatch(full, where):

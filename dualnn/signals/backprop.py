@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
 
 from dualnn.engine.errors import DualInputError
 from dualnn.engine.names import matching
@@ -23,7 +25,8 @@ class Backprop(Signal):
     Args:
         checkpoint: False stores all activations. True runs the outermost ``nn.Sequential`` containers in
             :math:`\lceil \sqrt n \rceil` segments and stores only what enters each: memory O(sqrt(n)) for one more
-            forward pass (Chen et al.). A list of names or globs checkpoints those submodules instead.
+            forward pass (Chen et al.). A list of names or globs checkpoints those submodules instead. Norms update
+            their running statistics once, as without checkpoints.
 
     Raises:
         DualInputError: ``checkpoint=True`` finds no ``nn.Sequential`` to split.
@@ -75,17 +78,47 @@ def checkpointed(module: nn.Module, choice: bool | Sequence[str]) -> Iterator[No
 
 def outermost_sequentials(module: nn.Module) -> list[nn.Sequential]:
     """The ``nn.Sequential`` containers of at least two children that no other such container holds."""
-    if isinstance(module, nn.Sequential) and len(module) > 1:
+    # A subclass or a patch may do more in its forward than run the children in turn.
+    plain = type(module).forward is nn.Sequential.forward and "forward" not in module.__dict__
+    if isinstance(module, nn.Sequential) and len(module) > 1 and plain:
         return [module]
     return [s for child in module.children() for s in outermost_sequentials(child)]
 
 
 def _segmented(sequence: nn.Sequential) -> Callable:
-    segments = math.ceil(math.sqrt(len(sequence)))
-    children = list(sequence)
-    return lambda x: checkpoint_sequential(children, segments, x, use_reentrant=False)
+    size = len(sequence) // math.ceil(math.sqrt(len(sequence)))
+    *segments, last = [sequence[i : i + size] for i in range(0, len(sequence), size)]
+
+    def forward(input: Any) -> Any:
+        for segment in segments:
+            input = _checkpoint(segment, segment, input)
+        return last(input)  # its backward comes first: nothing would be gained
+
+    return forward
 
 
 def _whole(module: nn.Module) -> Callable:
     forward = module.forward
-    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return lambda *args, **kwargs: _checkpoint(module, forward, *args, **kwargs)
+
+
+def _checkpoint(module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    contexts = partial(_contexts, module)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+def _contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _statistics_kept(module)
+
+
+@contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Let a recomputation update copies of running statistics: the forward pass has updated them already."""
+    held = [(m, dict(m._buffers)) for m in module.modules() if isinstance(m, _NormBase)]
+    try:
+        for m, buffers in held:
+            m._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+        yield
+    finally:
+        for m, buffers in held:
+            m._buffers.update(buffers)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from dualnn.engine.dual_tensor import DualTensor, require_tangent
 from dualnn.engine.errors import DualInputError
@@ -94,4 +95,5 @@ def with_loss(output: Any, loss: Tensor) -> Any:
     """The step's output with its loss replaced, and every other dual reduced to its value."""
     if not isinstance(output, Mapping):
         return loss
-    return {k: loss if k == "loss" else v.detach() if isinstance(v, DualTensor) else v for k, v in output.items()}
+    others = {k: None if k == "loss" else v for k, v in output.items()}
+    return pytree.tree_map_only(DualTensor, Tensor.detach, others) | {"loss": loss}

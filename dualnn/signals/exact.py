@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dualnn.engine.directions import Directions
 from dualnn.engine.errors import DualInputError
 from dualnn.engine.snapshot import Snapshot
 from dualnn.signals.base import Signal, Step, inject, loss_of, trainable, with_loss
-from dualnn.signals.directions import Directions
-from dualnn.signals.forward_gradient import weight_pass
+from dualnn.signals.forward_gradient import warn_unused, weight_pass
 
 
 class Exact(Signal):
@@ -25,7 +25,7 @@ class Exact(Signal):
         chunk: At most this many tangents at a time; None pushes all n at once.
 
     Raises:
-        DualInputError: ``chunk`` is less than 1.
+        DualInputError: ``chunk`` is less than 1; the step computed another loss when it ran again.
 
     Example:
         >>> import torch
@@ -54,6 +54,7 @@ class Exact(Signal):
         before = Snapshot(module) if size < total else None
         sums: dict[nn.Parameter, torch.Tensor | None] = dict.fromkeys(parameters)
         output: Any = None
+        first: Any = None
         for start in range(0, total, size):
             if start and before is not None:
                 before.restore()
@@ -61,8 +62,17 @@ class Exact(Signal):
             output, part = weight_pass(step, module, directions, None)
             if loss_of(output) is None:
                 return output
+            value = loss_of(output).detach()
+            first = value if first is None else first
+            if not torch.allclose(value, first, rtol=1e-4, equal_nan=True):
+                raise DualInputError(
+                    f"the step computed {float(first)} when it ran for the first chunk and {float(value)} later: its "
+                    "parts do not belong to one gradient. It must depend on nothing that changes between runs, such as "
+                    "Python's or numpy's random state or an iterator; or use Exact(chunk=None), which runs it once."
+                )
             for p, g in part.items():
                 if g is not None:
                     seen = sums[p]
                     sums[p] = g if seen is None else seen + g
-        return with_loss(output, inject(loss_of(output).detach(), sums))
+        warn_unused(module, [p for p in parameters if sums[p] is None])
+        return with_loss(output, inject(first, sums))

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualnn.engine.directions import Directions, check_sampler
 from dualnn.engine.dual_tensor import make
 from dualnn.engine.errors import DualInputError, unknown_name
 from dualnn.engine.levels import fresh_level
 from dualnn.engine.parameters import swapped
 from dualnn.engine.tangents import Drawn, LowRank, Tangent
 from dualnn.signals.base import Signal, Step, dual_loss, inject, loss_of, trainable, with_loss
-from dualnn.signals.directions import Directions, check_sampler
 
 COMBINE = ("mean",)
 
@@ -79,13 +79,19 @@ class ForwardGradient(Signal):
             )
         output, gradients = weight_pass(step, module, Directions(self.sampler, self.tangents, key), self.rank)
         loss = loss_of(output)
-        return output if loss is None else with_loss(output, inject(loss.detach(), gradients))
+        if loss is None:
+            return output
+        warn_unused(module, [p for p in parameters if gradients[p] is None])
+        return with_loss(output, inject(loss.detach(), gradients))
 
 
 def weight_pass(
     step: Step, module: nn.Module, directions: Directions, rank: int | None
 ) -> tuple[Any, dict[nn.Parameter, Tensor | None]]:
-    """One forward pass with dual parameters: the step's output (still dual) and the gradient estimate."""
+    """One forward pass with dual parameters: the step's output (still dual), and the gradient estimate.
+
+    A parameter that the step does not use has the estimate None.
+    """
     parameters = trainable(module)
     blocks: dict[nn.Parameter, tuple[int, int]] = {}
     used: set[nn.Parameter] = set()
@@ -123,7 +129,6 @@ def weight_pass(
             else:
                 u = directions.draw(*blocks[p], tuple(p.shape), p)
                 gradients[p] = torch.tensordot(slopes.to(u.dtype), u, dims=1)
-    warn_unused(module, [p for p in parameters if p not in used])
     return output, gradients
 
 

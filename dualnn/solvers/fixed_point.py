@@ -30,6 +30,8 @@ from dualnn.engine.transforms import dense_of, push
 BLOCK_LIMIT = 2048
 
 
+# Iterations with a data-dependent stop do not trace: one clean graph break instead.
+@torch.compiler.disable
 def fixed_point(
     fn: Callable[..., Tensor],
     x0: Tensor,
@@ -70,19 +72,23 @@ def fixed_point(
         raise DualInputError(f"x0 needs a batch axis and at least one more, got shape {tuple(x0.shape)}")
     if max_steps < 1 or memory < 1 or (tol is not None and tol < 0):
         raise DualInputError(f"max_steps and memory must be >= 1, tol >= 0: got {max_steps}, {memory}, {tol}")
-    if x0[0].numel() > BLOCK_LIMIT if len(x0) else False:
+    if x0.shape[1:].numel() > BLOCK_LIMIT:
         raise DualInputError(
-            f"{x0[0].numel()} unknowns a sample: the block Jacobian is formed for at most {BLOCK_LIMIT}"
+            f"{x0.shape[1:].numel()} unknowns a sample: the block Jacobian is formed for at most {BLOCK_LIMIT}"
         )
     level = top_level((x0, *args))
     if level:
-        return _on_duals(fn, split(x0, level)[0], args, level, tol, max_steps, memory)
+        return _on_duals(fn, x0, args, level, tol, max_steps, memory)
     refuse_nested_jvp()
 
-    def solve(*plain: Any) -> Tensor:
-        return anderson(lambda z: fn(z, *plain), x0.detach(), tol, max_steps, memory)
+    def cast(z: Tensor, *plain: Any) -> Tensor:
+        y = fn(z, *plain)
+        return y if y.dtype == z.dtype else y.to(z.dtype)  # autocast returns another precision than z's
 
-    return _FixedPoint.apply(solve, fn, *args)  # type: ignore[no-untyped-call]
+    def solve(*plain: Any) -> Tensor:
+        return anderson(lambda z: cast(z, *plain), x0.detach(), tol, max_steps, memory)
+
+    return _FixedPoint.apply(solve, cast, *args)  # type: ignore[no-untyped-call]
 
 
 def anderson(f: Callable[[Tensor], Tensor], z: Tensor, tol: float | None, max_steps: int, memory: int) -> Tensor:
@@ -90,20 +96,21 @@ def anderson(f: Callable[[Tensor], Tensor], z: Tensor, tol: float | None, max_st
     limit = torch.finfo(z.dtype).eps ** 0.75 if tol is None else tol
     shape, batch = z.shape, len(z)
     past: list[tuple[Tensor, Tensor]] = []
-    current = z.reshape(batch, -1)
+    current = z.flatten(1)
     worst = current.new_zeros(batch)
     for _ in range(max_steps):
         value = f(current.reshape(shape))
         if value.shape != shape:
             raise StructureError(f"a fixed point needs fn(z) of z's shape {tuple(shape)}, got {tuple(value.shape)}")
-        value = value.reshape(batch, -1)
+        value = value.flatten(1)
         residual = value - current
         worst = residual.abs().amax(1) if residual.shape[1] else residual.new_zeros(batch)
         done = worst <= limit
         if bool(done.all()):
             return value.reshape(shape)
         past = [*past, (value, residual)][-memory:]
-        following = _mixed(past)
+        with torch.autocast(z.device.type, enabled=False):
+            following = _mixed(past)
         following = torch.where(torch.isfinite(following), following, value)
         current = torch.where(done.unsqueeze(1), current, following)
     lost = torch.nonzero(~(worst <= limit)).flatten().tolist()
@@ -119,15 +126,23 @@ def _mixed(past: list[tuple[Tensor, Tensor]]) -> Tensor:
     value, residual = past[-1]
     if len(past) == 1:
         return value
-    dr = torch.stack([residual - r for _, r in past[:-1]], 2)
-    dv = torch.stack([value - v for v, _ in past[:-1]], 2)
+    wide = _wide(value)
+    dr = torch.stack([residual - r for _, r in past[:-1]], 2).to(wide)
+    dv = torch.stack([value - v for v, _ in past[:-1]], 2).to(wide)
     gram = dr.transpose(1, 2) @ dr
     # Nearly parallel differences make the Gram matrix singular: a relative ridge far below the tolerance.
     ridge = 1e-10 * gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(gram.dtype).tiny)
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    gamma, info = torch.linalg.solve_ex(gram + ridge[:, None, None] * eye, dr.transpose(1, 2) @ residual.unsqueeze(2))
-    mixed = value - (dv @ gamma).squeeze(2)
+    gamma, info = torch.linalg.solve_ex(
+        gram + ridge[:, None, None] * eye, dr.transpose(1, 2) @ residual.unsqueeze(2).to(wide)
+    )
+    mixed = value - (dv @ gamma).squeeze(2).to(value.dtype)
     return torch.where((info == 0).unsqueeze(1), mixed, value)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The precision of the linear algebra: torch has none for half precision."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def block_jacobian(fn: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
@@ -136,7 +151,7 @@ def block_jacobian(fn: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     Raises:
         StructureError: Samples influence one another (a further direction moves half of them only).
     """
-    batch, n = len(z), z[0].numel()
+    batch, n = len(z), z.shape[1:].numel()
     unit = torch.eye(n, dtype=z.dtype, device=z.device).reshape(n, 1, *z.shape[1:]).expand(n, *z.shape)
     half = torch.arange(batch, device=z.device) % 2 == 0
     probe = torch.ones_like(z.detach()) * half.reshape(-1, *(1,) * (z.dim() - 1))
@@ -149,26 +164,31 @@ def block_jacobian(fn: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
 
 
 def _implicit_matrix(fn: Callable, z: Tensor, args: Sequence[Any]) -> Tensor:
-    jac = block_jacobian(lambda u: fn(u, *args), z)
+    jac = block_jacobian(lambda u: fn(u, *args), z).to(_wide(z))
     return torch.eye(jac.shape[1], dtype=jac.dtype, device=jac.device) - jac
 
 
 def _on_duals(
     fn: Callable, x0: Tensor, args: Sequence[Any], level: int, tol: float | None, max_steps: int, memory: int
 ) -> Tensor:
+    num = count(level, (x0, *args))
     parts = [split(a, level) for a in args]
     primals = [p for p, _ in parts]
-    z = fixed_point(fn, x0, primals, tol=tol, max_steps=max_steps, memory=memory)
-    num = count(level, args) if any(t is not None for _, t in parts) else 0
-    if not num:
-        return make(z, Zero(count(level, (x0, *args))), level)
+    z = fixed_point(fn, split(x0, level)[0], primals, tol=tol, max_steps=max_steps, memory=memory)
+    if all(t is None for _, t in parts):
+        return make(z, Zero(num), level)
     y, tan = push(lambda *a: fn(z, *a), primals, [t for _, t in parts])
     return make(z, _solved(_implicit_matrix(fn, z, primals), tan, y), level)
 
 
 def _solved(matrix: Tensor, tan: Tangent, y: Tensor) -> Tangent:
     """(I - J)^-1 applied to every direction of f(z*, x)."""
-    return tan.map(lambda t: torch.linalg.solve(matrix, t.reshape(t.shape[0], *matrix.shape[:2], 1)).reshape(t.shape))
+
+    def apply(t: Tensor) -> Tensor:
+        columns = t.reshape(t.shape[0], *matrix.shape[:2], 1).to(matrix.dtype)
+        return torch.linalg.solve(matrix, columns).reshape(t.shape).to(t.dtype)
+
+    return tan.map(apply)
 
 
 class _FixedPoint(torch.autograd.Function):
@@ -199,14 +219,14 @@ class _FixedPoint(torch.autograd.Function):
         args, z = _FixedPoint._saved(ctx)
         higher = torch.is_grad_enabled()  # this backward is differentiated again: keep z and args in the graph
         matrix = _implicit_matrix(ctx.fn, z, args)
-        flat = grad.reshape(*matrix.shape[:2], 1)
-        v = torch.linalg.solve(matrix.transpose(1, 2), flat).reshape(grad.shape)
+        flat = grad.reshape(*matrix.shape[:2], 1).to(matrix.dtype)
+        v = torch.linalg.solve(matrix.transpose(1, 2), flat).reshape(grad.shape).to(grad.dtype)
         wanted = [i for i in floats(args) if ctx.needs_input_grad[i + 2]]
         with torch.enable_grad():
             inner = list(args)
-            if not higher:
-                for i in wanted:
-                    inner[i] = args[i].detach().requires_grad_()
+            for i in wanted:
+                # A fresh alias: z depends on the argument itself, and must count as constant here.
+                inner[i] = args[i].view_as(args[i]) if higher else args[i].detach().requires_grad_()
             y = ctx.fn(z, *inner)
             grads = torch.autograd.grad(y, [inner[i] for i in wanted], v, create_graph=higher, allow_unused=True)
         out: list[Tensor | None] = [None] * len(args)

@@ -13,6 +13,7 @@ from torch import Tensor
 from dualnn.engine.errors import unknown_name
 from dualnn.layers.local_swap import restore_forward, swap_forward
 from dualnn.signals import Backprop, Signal, signal_loss
+from dualnn.training import automatic
 from dualnn.training.errors import ResumeError, TrainingSetupError
 from dualnn.training.finite import check_finite_loss
 from dualnn.training.keys import step_key
@@ -53,13 +54,16 @@ class DualPropagation(pl.Callback):
     resumed run equals the uninterrupted one bit for bit.
 
     *Inside backprop* (``where=[…]``): the named modules run on dual numbers, and backprop takes their exact local
-    derivatives. This is the way to train a network of which a part cannot be backpropagated.
+    derivatives. This is the way to train a network of which a part cannot be backpropagated. ``where="auto"`` asks
+    `dualnn.diagnosis.doctor` before the first batch which modules those are, prints what it found (TensorBoard keeps
+    it as text), and swaps those that have an exact remedy; any other failure ends the run with its remedy.
 
     The module is as before when `fit` returns or raises. A loss that is nan or infinite ends the run.
 
     Args:
         signal: Where the gradient comes from, for ``where="all"``. With names it stays None (or a `Backprop`).
-        where: ``"all"``, or names of submodules, with ``*``, ``?`` and ``[…]`` as in file names (``["net.act*"]``).
+        where: ``"all"``; or names of submodules, with ``*``, ``?`` and ``[…]`` as in file names (``["net.act*"]``);
+            or ``"auto"``.
         seed: Seed of the directions. None takes the checkpoint's on resuming, else that of `seed_everything`, else 0.
 
     Raises:
@@ -91,6 +95,8 @@ class DualPropagation(pl.Callback):
         self._seed_in_use = 0
         self._step: _SignalStep | None = None
         self._swapped: list[str] = []
+        self._chosen: list[str] = []
+        self._pending = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the signal in place (the module is on its device and the checkpoint is loaded by now)."""
@@ -101,11 +107,24 @@ class DualPropagation(pl.Callback):
             self._step = _SignalStep(trainer, pl_module, self.signal, self._seed_in_use)
             # Lightning looks the method up by name for every batch, so an instance attribute is honoured.
             trainer.strategy.training_step = self._step  # type: ignore[method-assign]
-        if self.where != "all":
+        if self.where == "auto":
+            # A resumed run keeps what the first one chose: another batch might look different to the doctor.
+            chosen = self._resumed.get("swapped")
+            self._pending = chosen is None
+            self._swapped = swap_forward(pl_module, chosen) if chosen else []
+        elif self.where != "all":
             self._swapped = swap_forward(pl_module, self.where)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """A new batch: the step may be called once again."""
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """A new batch: the step may be called once again; before the very first, the doctor's examination."""
+        if self._pending:
+            self._pending = False
+            report = automatic.examine_step(pl_module, batch, batch_idx)
+            names = automatic.names_to_swap(report)
+            self._swapped = swap_forward(pl_module, names) if names else []
+            automatic.tell(trainer, report, self._swapped)
         if self._step is not None:
             self._step.calls_this_batch = 0
 
@@ -130,12 +149,13 @@ class DualPropagation(pl.Callback):
             self._step = None
         if self._swapped:
             restore_forward(pl_module)
-            self._swapped = []
+            self._chosen, self._swapped = self._swapped, []
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: enough to continue with the same directions, and to notice other settings."""
         own = self.signal.state_dict() if self.signal is not None else {}
-        return {"seed": self._seed_in_use, "signal": describe(self.signal), "where": self.where, "signal_state": own}
+        state = {"seed": self._seed_in_use, "signal": describe(self.signal), "where": self.where, "signal_state": own}
+        return state | {"swapped": self._swapped or self._chosen} if self.where == "auto" else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember a checkpoint's settings; they are compared when a fit starts."""
@@ -183,14 +203,11 @@ def describe(signal: Signal | None) -> str:
     return f"{type(signal).__name__}({settings})"
 
 
-def _checked_where(where: str | Sequence[str]) -> Literal["all"] | list[str]:
+def _checked_where(where: str | Sequence[str]) -> Literal["all", "auto"] | list[str]:
     if where == "all":
         return "all"
     if where == "auto":
-        raise TrainingSetupError(
-            'where="auto" is to ask the doctor, which is not built yet: name the modules instead, for example '
-            'where=["net.act*"]'
-        )
+        return "auto"
     if isinstance(where, str):
         if "." in where or any(sign in where for sign in "*?["):
             raise TrainingSetupError(f"where={where!r} looks like the name of a module: give a list, where=[{where!r}]")

@@ -1,10 +1,10 @@
-"""The command line: `dualnn fit | validate | test | predict | compare`."""
+"""The command line: `dualnn fit | validate | test | predict | compare | doctor`."""
 
 import os
 import sys
 from collections.abc import Sequence
 
-import dualnn
+from dualnn import __version__
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -18,6 +18,10 @@ usage: dualnn COMMAND [options]        (python -m dualnn COMMAND … is the same
   predict    run a trained model
   compare    train several arms of an experiment, side by side, and say which wins
              dualnn compare --config experiments/digits/compare.yaml --fast
+  doctor     find where backprop fails in a training step, why, and what to use
+             dualnn doctor --config configs/base.yaml --config configs/signal/auto.yaml
+  conformance  check every derivative against PyTorch's own op and module databases
+             dualnn conformance "nn.functional.*norm*"
 
 Options of a command: dualnn COMMAND --help
 """
@@ -42,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_HELP, end="")
         return 0 if args else EXIT_USAGE
     if args[0] == "--version":
-        print(f"dualnn {dualnn.__version__}")
+        print(f"dualnn {__version__}")
         return 0
     from dualnn.training.dual_cli import DualCLI, named_error, quiet_lightning  # seconds, so not for --help
     from dualnn.training.errors import NonFiniteLossError
@@ -55,6 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from dualnn.training.compare import compare
 
             return compare(args[1:])
+        if args[0] == "conformance":
+            from dualnn.conformance.command import check
+
+            return check(args[1:])
+        if args[0] == "doctor":
+            from dualnn.training.doctor_command import run_doctor
+
+            return run_doctor(args[1:])
         DualCLI(args)
         return 0
     except SystemExit as exit:  # argument parsers leave this way, with --help too

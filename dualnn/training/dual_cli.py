@@ -1,4 +1,4 @@
-"""LightningCLI with a section `dual:`: what `fit`, `validate`, `test`, `predict` and every run of `compare` build on."""
+"""LightningCLI with a section `dual:`: what the commands and every run of a comparison build on."""
 
 import logging
 import sys
@@ -6,7 +6,8 @@ import warnings
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from jsonargparse import Namespace
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import dualnn.data
 import dualnn.models  # noqa: F401  (imported so that YAML may name their classes without the module)
@@ -45,7 +46,6 @@ class DualCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True, save_config: bool = True) -> None:
-        keep = {} if save_config else {"save_config_callback": None}
         super().__init__(
             args=args,
             run=run,
@@ -54,14 +54,16 @@ class DualCLI(LightningCLI):
             parser_kwargs={"prog": "dualnn", "allow_abbrev": False, "description": "Train by backprop or without it."},
             trainer_defaults=trainer_defaults(),
             seed_everything_default=0,
+            save_config_callback=SaveConfigCallback if save_config else None,
             save_config_kwargs={"overwrite": True},
-            **keep,
         )
 
     def after_fit(self) -> None:
         """Say in a line how it ended and where the logs are."""
-        metrics = ", ".join(f"{name} {float(value):.4g}" for name, value in sorted(self.trainer.callback_metrics.items()))
-        print(f"{self.trainer.global_step} steps: {metrics}" + (f"; logs in {self.trainer.log_dir}" if self.trainer.log_dir else ""))
+        metrics = sorted(self.trainer.callback_metrics.items())
+        said = ", ".join(f"{name} {float(value):.4g}" for name, value in metrics)
+        logs = f"; logs in {self.trainer.log_dir}" if self.trainer.log_dir else ""
+        print(f"{self.trainer.global_step} steps: {said}{logs}")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the section `dual:`."""
@@ -69,7 +71,7 @@ class DualCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; unlike Lightning's, without a warning about `sys.argv` when `args` are given by `main`."""
-        if isinstance(args, dict):
+        if isinstance(args, dict | Namespace):
             self.config = parser.parse_object(args)
         else:
             self.config = parser.parse_args(args)

@@ -37,6 +37,26 @@ class ResumeError(DualnnError, ValueError):
     """A checkpoint was made with settings that this run contradicts, so it cannot continue that run."""
 
 
+class RunError(DualnnError, RuntimeError):
+    """A run of a comparison broke.
+
+    Attributes:
+        step: Optimizer steps that had been finished when it happened.
+        cause: What happened.
+    """
+
+    def __init__(self, step: int, cause: Exception) -> None:
+        super().__init__(step, cause)
+        self.step = step
+        self.cause = cause
+
+    def __str__(self) -> str:
+        """The step and the cause in a line."""
+        if isinstance(self.cause, NonFiniteLossError):
+            return f"at step {self.step}: loss {self.cause.value}"
+        return f"at step {self.step}: {type(self.cause).__name__}: {self.cause}".splitlines()[0]
+
+
 class ExperimentError(DualnnError, ValueError):
     """An experiment's file does not say what it has to say."""
 

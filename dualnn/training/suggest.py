@@ -78,8 +78,8 @@ def explain(parser: Any, message: str) -> str:
         choices = f" Choices: {', '.join(names)}" if len(names) <= 12 else ""
         return f"{where}unknown class {found[1]!r}{did_you_mean(found[1], names)}{choices}"
     if found := _NO_IMPORT.search(message):
-        names = {f"{found[1].rsplit('.', 1)[0]}.{name}" for name in _classes_for(parser, message)}
-        return f"{where}cannot import class {found[1]!r}{did_you_mean(found[1], names)}"
+        paths = [f"{found[1].rsplit('.', 1)[0]}.{name}" for name in _classes_for(parser, message)]
+        return f"{where}cannot import class {found[1]!r}{did_you_mean(found[1], paths)}"
     if found := _LITERAL.search(message):
         value, choices_in = found[2].strip(), re.findall(r"'([^']+)'", found[1])
         return f"{where}unknown value {value!r}{did_you_mean(value, choices_in)} Choices: {', '.join(choices_in)}"
@@ -115,8 +115,8 @@ def _nearest_dest(key: str, dests: list[str]) -> str:
 
 def _parsers(parser: Any) -> Iterator[Any]:
     yield parser
-    for sub in getattr(parser, "_subcommands_action", None) and parser._subcommands_action._name_parser_map.values() or ():
-        yield sub
+    if (commands := getattr(parser, "_subcommands_action", None)) is not None:
+        yield from commands._name_parser_map.values()
 
 
 def _options(parser: Any) -> list[str]:
@@ -164,5 +164,6 @@ def _bases(hint: Any) -> Iterator[type]:
 def _subclasses(base: type) -> Iterator[str]:
     if not inspect.isabstract(base) and not base.__name__.startswith("_"):
         yield base.__name__
-    for sub in base.__subclasses__():
+    below: list[type] = base.__subclasses__()
+    for sub in below:
         yield from _subclasses(sub)

@@ -152,7 +152,6 @@ TYPOS = {
     "type": ({"model": {"init_args": {"hidden": "x"}}}, "hidden: expected list, got x"),
     "module in where": (["--dual.where", "[net.atc0]"], "net.atc0"),
     "no signal": (["--dual.seed", "3"], "needs a signal"),
-    "doctor": (["--dual.where", "auto"], "not built yet"),
 }
 
 

@@ -96,6 +96,10 @@ binary("remainder", lambda a, b, y: 1.0, lambda a, b, y: -torch.floor(a / b), lo
 binary("copysign", lambda a, b, y: torch.sign(a) * torch.sign(y), lambda a, b, y: 0.0, low=0.2)
 
 
+def _rsub(input: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
+    return other - (input if alpha == 1 else alpha * input)
+
+
 def _swapped(rule: Rule, plain: Callable) -> Rule:
     """The rule of ``rsub``-like methods: the first argument is the right operand."""
 
@@ -105,7 +109,8 @@ def _swapped(rule: Rule, plain: Callable) -> Rule:
     return reflected
 
 
-register(torch.rsub, Tensor.__rsub__, rule=_swapped(SUB, operator.sub))
+register(torch.rsub, rule=lambda func, args, kwargs: _rsub(*args, **kwargs))
+register(Tensor.__rsub__, rule=_swapped(SUB, operator.sub))
 register(Tensor.__rtruediv__, Tensor.__rdiv__, rule=_swapped(DIV, operator.truediv))
 register(Tensor.__rpow__, rule=_swapped(POW, operator.pow))
 register(Tensor.__pow__, rule=lambda func, args, kwargs: POW(operator.pow, args, kwargs))

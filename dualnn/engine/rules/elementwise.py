@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualnn.engine.generic import elementwise, operands
-from dualnn.engine.registry import Sample
+from dualnn.engine.registry import Sample, unsupported
 from dualnn.engine.tangents import Tangent
 
 SQRT_PI = math.sqrt(math.pi)
@@ -44,18 +44,19 @@ def _elu(x: Tensor, y: Tensor, alpha: float = 1.0, scale: float = 1.0, input_sca
     return torch.where(x > 0, scale * torch.ones_like(x), below)
 
 
-def _clamp(x: Tensor, y: Tensor, min: float | Tensor | None = None, max: float | Tensor | None = None) -> Tensor:
-    inside = torch.ones_like(x, dtype=torch.bool)
-    if min is not None:
-        inside = inside & (x >= min)
-    if max is not None:
-        inside = inside & (x <= max)
-    return inside
-
-
 def _logit(x: Tensor, y: Tensor, eps: float | None = None) -> Tensor:
     slope = 1 / (x * (1 - x))
     return slope if eps is None else torch.where((x >= eps) & (x <= 1 - eps), slope, torch.zeros_like(x))
+
+
+def _polygamma_value(n: int, x: Tensor) -> Tensor:
+    """Torch's polygamma(1, x) is good to 5e-10 only; zeta(2, x) to rounding, for x > 0."""
+    if n != 1:
+        return torch.polygamma(n, x)
+    right = x > 0
+    inside = torch.where(right, x, torch.ones_like(x))
+    outside = torch.where(right, torch.ones_like(x), x)
+    return torch.where(right, torch.special.zeta(2.0, inside), torch.polygamma(1, outside))
 
 
 def _sinc(x: Tensor, y: Tensor) -> Tensor:
@@ -68,8 +69,13 @@ def _sinc(x: Tensor, y: Tensor) -> Tensor:
 
 
 elementwise("neg", lambda x, y: -1.0, also=[torch.negative, Tensor.negative, Tensor.__neg__])
-elementwise("positive", lambda x, y: 1.0, also=[Tensor.__pos__])
-elementwise("abs", lambda x, y: torch.sign(x), also=[torch.absolute, Tensor.absolute, Tensor.__abs__], low=0.1)
+elementwise(
+    "abs",
+    lambda x, y: torch.sign(x),
+    also=[torch.absolute, Tensor.absolute, Tensor.__abs__],
+    low=0.1,
+    holomorphic=False,
+)
 elementwise("exp", lambda x, y: y)
 elementwise("exp2", lambda x, y: y * math.log(2))
 elementwise("expm1", lambda x, y: y + 1)
@@ -119,10 +125,7 @@ elementwise("softplus", _softplus)
 elementwise("softshrink", lambda x, y, lambd=0.5: x.abs() > lambd, low=0.7)
 elementwise("hardshrink", lambda x, y, lambd=0.5: x.abs() > lambd, low=0.7)
 elementwise("threshold", lambda x, y, threshold, value: x > threshold, low=0.7, args=(0.1, 2.0))
-elementwise("clamp", _clamp, args=(-1.0, 1.0), low=-0.9, high=0.9, also=[torch.clip, Tensor.clip])
-elementwise("clamp_min", lambda x, y, min: x >= min, args=(-3.0,))
-elementwise("clamp_max", lambda x, y, max: x <= max, args=(3.0,))
-elementwise("nan_to_num", lambda x, y, nan=0.0, posinf=None, neginf=None: torch.isfinite(x))
+elementwise("nan_to_num", lambda x, y, nan=0.0, posinf=None, neginf=None: torch.isfinite(x), holomorphic=False)
 elementwise("erf", lambda x, y: 2 / SQRT_PI * torch.exp(-x * x))
 elementwise("erfc", lambda x, y: -2 / SQRT_PI * torch.exp(-x * x))
 elementwise("erfinv", lambda x, y: SQRT_PI / 2 * torch.exp(y * y), low=-0.9, high=0.9, singular=True)
@@ -131,22 +134,37 @@ elementwise("ndtr", lambda x, y: torch.exp(-0.5 * x * x) / SQRT_2PI)
 elementwise("ndtri", lambda x, y: torch.exp(0.5 * y * y) * SQRT_2PI, low=0.1, high=0.9, singular=True)
 elementwise("log_ndtr", lambda x, y: torch.exp(-0.5 * x * x - y) / SQRT_2PI)
 elementwise("lgamma", lambda x, y: torch.digamma(x), low=0.3, high=5.0, also=[torch.special.gammaln])
-elementwise("digamma", lambda x, y: torch.polygamma(1, x), low=0.3, high=5.0, also=[torch.special.psi])
+elementwise("digamma", lambda x, y: _polygamma_value(1, x), low=0.3, high=5.0, also=[torch.special.psi])
 elementwise("logit", _logit, low=0.1, high=0.9, singular=True)
 elementwise("sinc", _sinc)
 elementwise("deg2rad", lambda x, y: math.pi / 180)
 elementwise("rad2deg", lambda x, y: 180 / math.pi)
 elementwise("frac", lambda x, y: 1.0, low=0.1, high=0.9)
 elementwise("sign", lambda x, y: 0.0, flat=True, low=0.1)
-elementwise("sgn", lambda x, y: 0.0, flat=True, low=0.1)
+elementwise("sgn", lambda x, y: 0.0, flat=True, low=0.1, holomorphic=False)
 for _name in ("floor", "ceil", "round", "trunc"):
     elementwise(_name, lambda x, y, **_: 0.0, flat=True, low=0.1, high=0.4)
 
 
 @operands(
     "polygamma",
-    lambda rand: [Sample((1, rand(3, low=0.3, high=5.0))), Sample((2, rand(3, low=0.3, high=5.0)))],
+    lambda rand: [Sample((n, rand(3, low=0.3, high=5.0))) for n in (0, 1, 2)],
     functions=[torch.polygamma, torch.special.polygamma],
 )
 def _polygamma(y: Tensor, t: dict[str, Tangent | None], n: int, input: Tensor) -> Tangent | None:
-    return t["input"].scale(torch.polygamma(n + 1, input), y.shape)  # type: ignore[union-attr]
+    return t["input"].scale(_polygamma_value(n + 1, input), y.shape)  # type: ignore[union-attr]
+
+
+@operands(
+    "zeta",
+    lambda rand: [
+        Sample((2.0, rand(3, low=0.5, high=5.0))),
+        Sample((rand(3, low=2.5, high=4.0), rand(2, 1, low=0.5, high=5.0)), constant=(0,)),
+    ],
+    functions=[torch.special.zeta],
+)
+def _zeta(y: Tensor, t: dict[str, Tangent | None], s: Tensor | float, q: Tensor) -> Tangent | None:
+    r"""d zeta(s, q) / dq = -s zeta(s + 1, q), for numbers s (torch has no derivative in s)."""
+    if t["s"] is not None:
+        raise unsupported(torch.special.zeta, "has no derivative in its first argument")
+    return t["q"].scale(-s * torch.special.zeta(s + 1, q), y.shape)  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ from dualnn.engine.dual_tensor import DualTensor, count, make, primal_of, split,
 from dualnn.engine.generic import every, last, operands, pushforward
 from dualnn.engine.inplace import link_view, write
 from dualnn.engine.registry import OpSpec, Sample, register, unsupported
-from dualnn.engine.tangents import Dense, Tangent, aligned
+from dualnn.engine.tangents import Dense, Tangent, Zero, aligned
 
 Rand = Callable[..., Tensor]
 
@@ -80,31 +80,40 @@ def _written(x: DualTensor, index: tuple, value: Any) -> DualTensor:
     if top_level((value,)) > level:
         return value  # write() explains
     new, tv = split(value, level)
-    primal = x._primal.clone()
+    primal = _holding(x._primal.clone(), new)
     primal[index] = new
     if x._tan.is_zero and tv is None:
         return make(primal, x._tan, level)
     num = count(level, (x, value))
     tangent = x.tangent.clone()
     if tv is None:
-        fill = torch.zeros((), dtype=x.dtype, device=x.device).expand(num)
+        fill: Tensor = torch.zeros((), dtype=x.dtype, device=x.device).expand(num)
     else:
         fill = aligned(tv.dense(), x._primal[index].dim())
     if _leads(index):
+        tangent = _holding(tangent, fill)
         tangent[(slice(None), *index)] = fill.reshape(num, *(1,) * x._primal[index].dim()) if tv is None else fill
     else:
-        for k in range(num):
-            tangent[k][index] = fill[k]
+        rows = [_holding(tangent[k].clone(), fill) for k in range(num)]
+        for k, row in enumerate(rows):
+            row[index] = fill[k]
+        tangent = torch.stack(rows)
     return make(primal, Dense(tangent), level)
+
+
+def _holding(x: Tensor, value: Any) -> Tensor:
+    """``x``, made a dual of the value's level if it is not one, so that the value can be written into it."""
+    level = top_level((value,))
+    return x if level <= top_level((x,)) else make(x, Zero(value._tan.num), level)
 
 
 register(Tensor.__setitem__, rule=_setitem)
 
 pushforward("index_select", lambda r: [Sample((r(3, 4), 1, torch.tensor([0, 3, 3])))])(
-    lambda t, x, y, dim, index: t.index_select(last(dim, x) % t.dim(), index)
+    lambda t, x, y, dim, index: t.index_select(last(dim, x) % t.dim(), index.reshape(-1))
 )
 pushforward("gather", lambda r: [Sample((r(3, 4), 1, torch.tensor([[0], [3], [1]])))])(
-    lambda t, x, y, dim, index, sparse_grad=False: t.gather(last(dim, x), index.expand(t.shape[0], *index.shape))
+    lambda t, x, y, dim, index, sparse_grad=False: t.gather(last(dim, x), _for_each(t, index))
 )
 pushforward("take_along_dim", lambda r: [Sample((r(3, 4), torch.tensor([[0], [3], [1]]), 1))])(
     lambda t, x, y, index, dim=None: every(t, lambda d: d.take_along_dim(index, dim), y.shape)
@@ -122,7 +131,9 @@ def _masked_fill(y: Tensor, t: dict, input: Tensor, mask: Tensor, value: Any) ->
     if t["value"] is None:
         return kept.map(lambda d: aligned(d, y.dim()).expand(-1, *y.shape).masked_fill(mask, 0.0))
     filled = t["value"].scale(mask.to(y.dtype), y.shape)
-    return filled if kept is None else kept.map(lambda d: d.masked_fill(mask, 0.0)).plus(filled)
+    if kept is None:
+        return filled
+    return kept.map(lambda d: aligned(d, y.dim()).expand(-1, *y.shape).masked_fill(mask, 0.0)).plus(filled)
 
 
 @operands("embedding", lambda r: [Sample((r(5, 3), torch.tensor([[0, 4], [2, 2]])))], functions=[torch.embedding])
@@ -153,12 +164,21 @@ def _scatter_add(y: Tensor, t: dict, input: Tensor, dim: int, index: Tensor, src
     return _scattered(y, t, input, dim, index, src, torch.scatter_add)
 
 
+def _for_each(t: Tensor, index: Tensor) -> Tensor:
+    """An index of each direction; a 0-dim one counts as one of a single entry."""
+    return index.reshape(index.shape or (1,)).expand(t.shape[0], *(index.shape or (1,)))
+
+
 def _scattered(y: Tensor, t: dict, input: Tensor, dim: int, index: Tensor, src: Any, op: Callable) -> Tangent:
     num = (t["input"] or t["src"]).num
 
     def dense(tan: Tangent | None, shape: Any) -> Tensor:
         return torch.zeros((num, *shape), dtype=y.dtype, device=y.device) if tan is None else tan.dense()
 
-    where = index.expand(num, *index.shape)
     source = dense(t["src"], src.shape if isinstance(src, Tensor) else index.shape)
-    return Dense(op(dense(t["input"], input.shape), last(dim, input), where, source))
+    base = dense(t["input"], input.shape)
+    if input.dim() == 0 or index.dim() == 0:
+        return Dense(
+            every(torch.stack([base, source.reshape(base.shape)], 1), lambda d: op(d[0], dim, index, d[1]), y.shape)
+        )
+    return Dense(op(base, last(dim, input), index.expand(num, *index.shape), source))

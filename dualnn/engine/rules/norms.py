@@ -94,7 +94,8 @@ def _group_norm(
     cudnn_enabled: bool = True,
 ) -> Any:
     def grouped(a: Tensor, lead: int) -> Tensor:
-        return a.reshape(*a.shape[: lead + 1], num_groups, -1)
+        size = a.shape[lead + 1 :].numel() // num_groups
+        return a.reshape(*a.shape[: lead + 1], num_groups, size)
 
     hat, rho = _standardised(grouped(input, 0), (-1,), eps)
     tan = t["input"] and t["input"].map(lambda d: _push(grouped(d, 1), hat, rho, (-1,)).reshape(d.shape))
@@ -164,3 +165,20 @@ def _instance_norm(
     if tan is not None:
         tan = tan.map(lambda d: _push(d, hat, rho, dims)) if use_input_stats else tan.scale(rho, y.shape)
     return _affine(tan, t, hat, weight, (-1, *(1,) * (input.dim() - 2)), y)
+
+
+@operands(
+    "weight_norm",
+    lambda r: [Sample((r(4, 3, 2), r(4, 1, 1))), Sample((r(4, 3), r(1, 3), 1)), Sample((r(4, 3), r(1, 1), -1))],
+    functions=[torch._weight_norm],
+)
+def _weight_norm(y: Tensor, t: dict, v: Tensor, g: Tensor, dim: int = 0) -> Any:
+    """y = g v / ||v||, the norm over all dimensions but ``dim`` (over all of them for -1)."""
+    dims = tuple(d for d in range(-v.dim(), 0) if dim == -1 or d != dim - v.dim())
+    rho = 1 / torch.linalg.vector_norm(v, 2, dims, keepdim=True)
+    unit = v * rho
+    tan = t["v"] and t["v"].map(lambda d: g * rho * (d - unit * (unit * d).sum(dims, keepdim=True)))
+    if t["g"] is not None:
+        part = t["g"].scale(unit, y.shape)
+        tan = part if tan is None else tan.plus(part)
+    return tan

@@ -86,4 +86,5 @@ _max_pool(
 )
 _max_pool("max_pool3d", 3, lambda r: [Sample((r(1, 2, 4, 4, 4), 2))])
 _max_pool("adaptive_max_pool1d", 1, lambda r: [Sample((r(2, 3, 7), 3))], adaptive=True)
+_max_pool("adaptive_max_pool3d", 3, lambda r: [Sample((r(1, 2, 4, 4, 4), (2, 3, 2)))], adaptive=True)
 _max_pool("adaptive_max_pool2d", 2, lambda r: [Sample((r(2, 3, 6, 5), (2, 3)))], adaptive=True)

@@ -130,7 +130,7 @@ def _linear(y: Tensor, t: dict, input: Tensor, weight: Tensor, bias: Tensor | No
         if weight.dim() == 1:
             tan = _plus(tan, Dense(_matmul_second(input, dense)))
         else:
-            rows = input.reshape(-1, input.shape[-1])
+            rows = input.reshape(y.shape[:-1].numel(), input.shape[-1])
             tan = _plus(tan, Dense((rows @ dense.transpose(-1, -2)).reshape(dense.shape[0], *y.shape)))
     return _plus(tan, t["bias"] and t["bias"].scale(1.0, y.shape))
 
@@ -285,3 +285,4 @@ def _conv_transpose(name: str, spatial: int, samples: Callable) -> None:
 
 _conv_transpose("conv_transpose1d", 1, lambda rand: [Sample((rand(2, 3, 4), rand(3, 2, 3), rand(2), 2, 1))])
 _conv_transpose("conv_transpose2d", 2, lambda rand: [Sample((rand(2, 2, 3, 3), rand(2, 2, 2, 2), rand(2), 2))])
+_conv_transpose("conv_transpose3d", 3, lambda rand: [Sample((rand(1, 2, 2, 2, 2), rand(2, 2, 2, 2, 2), rand(2), 2))])

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualnn.engine.dual_tensor import DualTensor, make, primal_of
+from dualnn.engine.dual_tensor import DualTensor, make, primal_of, top_level
 from dualnn.engine.errors import UnsupportedOpError
 from dualnn.engine.generic import plain
 from dualnn.engine.inplace import write
-from dualnn.engine.registry import register, spellings
+from dualnn.engine.registry import register, spellings, unsupported
 from dualnn.engine.tangents import Zero
 
 # Comparisons, predicates and positions: their results are constants almost everywhere.
@@ -138,7 +138,7 @@ for _getter in (
 
 
 def _detach(func: Callable, args: tuple, kwargs: dict) -> Any:
-    """Drop the tangent of this level (and the reverse graph of the value, as torch does)."""
+    """Drop the tangents of all levels and the reverse graph: a constant to every derivative, as in torch.func."""
     return args[0]._primal.detach()
 
 
@@ -152,13 +152,20 @@ def _iterate(func: Callable, args: tuple, kwargs: dict) -> Any:
 register(Tensor.__iter__, rule=_iterate)
 
 
+FILLED = ("full_like", "new_full", "new_tensor")  # they take numbers, which torch would read from the dual
+
+
 def _like(name: str) -> None:
     """``zeros_like``, ``new_zeros`` and their kin of a dual are dual, so that they can be written into."""
 
     def rule(func: Callable, args: tuple, kwargs: dict) -> Any:
         x = args[0] if args else kwargs["input"]
+        if name in FILLED and top_level((*args[1:], *kwargs.values())) > 0:
+            raise unsupported(
+                func, "would copy the value of a dual and lose its tangents (to fill or copy, use x.expand or x.clone)"
+            )
         value = func(*[_below(a) for a in args], **{k: _below(v) for k, v in kwargs.items()})
-        if not isinstance(x, DualTensor) or not value.dtype.is_floating_point:
+        if not isinstance(x, DualTensor) or not (value.dtype.is_floating_point or value.dtype.is_complex):
             return value
         return make(value, Zero(x._tan.num), x._level)
 
@@ -221,6 +228,16 @@ register(
     rule=_refuse(
         "a DualTensor has no numpy form: its tangents would be lost. Use x.primal.numpy() (and x.tangent.numpy()), or "
         "x.detach() for the value alone."
+    ),
+)
+register(
+    Tensor.__dlpack__,  # its kernel reads the storage, which a dual has not: the process would crash
+    Tensor.__dlpack_device__,
+    Tensor.__cuda_array_interface__.__get__,  # type: ignore[attr-defined]
+    Tensor.untyped_storage,
+    Tensor.share_memory_,
+    rule=_refuse(
+        "a DualTensor has no storage of its own to share: its tangents would be lost. Share x.primal and x.tangent."
     ),
 )
 register(

@@ -31,9 +31,9 @@ def _sum_like(name: str, mean: bool) -> None:
         x, call, kwargs = first(func, call, kwargs)
         value = func(x._primal, *call, **kwargs)
         named = dict(zip(("dim", "keepdim"), call, strict=False)) | kwargs
-        dims, keep = lasts(named.get("dim"), x._primal), named.get("keepdim", False)
-        tan = x._tan
+        keep, tan = named.get("keepdim", False), x._tan
         if not tan.is_zero and x.ndim > 0:
+            dims = lasts(named.get("dim"), x._primal)
             where = tuple(d + x.ndim for d in dims)
             tan = reduce_batch(tan, x._level, where, keep, x.ndim) or tan.map(lambda t: t.sum(dims, keepdim=keep))
             if mean:
@@ -194,6 +194,8 @@ def _extremum(name: str) -> None:
 
     def push(t: Tensor, x: Tensor, y: Any, dim: int | None = None, keepdim: bool = False) -> Any:
         if dim is None:
+            if x.dim() == 0:
+                return t
             hit = (x == y).to(t.dtype)
             return (t * (hit / hit.sum())).flatten(1).sum(1)
         if x.dim() == 0:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dualnn.engine.dual_tensor import DualTensor, count, make, split, top_level
 from dualnn.engine.errors import UnsupportedOpError
 from dualnn.engine.generic import every, last, lasts, pushforward
-from dualnn.engine.registry import Sample, register
+from dualnn.engine.registry import Sample, register, unsupported
 from dualnn.engine.tangents import PerSample, Zero, aligned
 
 Rand = Callable[..., Tensor]
@@ -41,10 +41,8 @@ for _name, _calls in {
     "unflatten": [((2, 6), 1, (2, 3))],
     "squeeze": [((2, 1, 3), 1), ((1, 2, 1),), ((2, 3), 0)],
     "unsqueeze": [((2, 3), 1), ((2, 3), -1), ((), 0)],
-    "atleast_1d": [((),)],
-    "atleast_2d": [((3,),)],
 }.items():
-    pushforward(_name, _samples(*_calls), view=True)(_by_result)
+    pushforward(_name, _samples(*_calls), view=True, like=_name.endswith("_as"))(_by_result)
 
 
 def _expand(t: Tensor, x: Tensor, y: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -53,7 +51,7 @@ def _expand(t: Tensor, x: Tensor, y: Tensor, *_: Any, **__: Any) -> Tensor:
 
 pushforward("expand", _samples(((3, 1), 2, 3, 4), ((), (2,))), view=True)(_expand)
 pushforward("broadcast_to", _samples(((3, 1), (2, 3, 4))), view=True)(_expand)
-pushforward("expand_as", _samples(((3, 1), torch.zeros(2, 3, 4))), view=True)(_expand)
+pushforward("expand_as", _samples(((3, 1), torch.zeros(2, 3, 4))), view=True, like=True)(_expand)
 
 
 def _same(t: Tensor, x: Tensor, y: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -63,6 +61,7 @@ def _same(t: Tensor, x: Tensor, y: Tensor, *_: Any, **__: Any) -> Tensor:
 pushforward("clone", _samples(((2, 3),)))(_same)
 pushforward("contiguous", _samples(((2, 3),)), view=True)(_same)
 pushforward("alias", None, view=True)(_same)
+pushforward("positive", _samples(((2, 3),)), view=True, also=[Tensor.__pos__])(_same)
 for _name in ("requires_grad_", "resolve_conj", "resolve_neg"):
     pushforward(_name, None)(_same)
 
@@ -79,6 +78,8 @@ def _conversion(func: Callable, args: tuple, kwargs: dict) -> Any:
         return x.to(device=other.device, dtype=other.dtype)
     args = tuple(split(a, top_level(args))[0] if isinstance(a, DualTensor) else a for a in args[1:])
     value = func(x._primal, *args, **kwargs)
+    if value is x._primal:  # nothing to convert: torch returns x itself, so that a later in-place op reaches x
+        return x
     if not isinstance(value, Tensor):  # x.type() names the type
         return value
     if not (value.dtype.is_floating_point or value.dtype.is_complex):
@@ -93,6 +94,9 @@ register(
             "to",
             "float",
             "double",
+            "cfloat",
+            "cdouble",
+            "chalf",
             "half",
             "bfloat16",
             "type_as",
@@ -142,15 +146,23 @@ def _swap_last(t: Tensor, x: Tensor, y: Tensor) -> Tensor:
 for _getter, _push in ((Tensor.T, _transposed), (Tensor.mT, _swap_last)):
     pushforward(f"get.{_getter.__name__}", None, functions=[_getter.__get__], view=True)(_push)
 
+
+def _varargs(given: tuple) -> Any:
+    """``x.op(1, 2)`` and ``x.op((1, 2))`` mean the same."""
+    return given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+
+
 pushforward("flip", _samples(((2, 3), (0,)), ((2, 3), (0, -1))))(
-    lambda t, x, y, *dims: t.flip(lasts(dims[0] if len(dims) == 1 else dims, x))
+    lambda t, x, y, *given, dims=None: t.flip(
+        [last(d, x) for d in _varargs(given if dims is None else (dims,)) if x.dim()]
+    )
 )
 
 
 @pushforward("roll", _samples(((2, 3), 1, 0), ((2, 3), 2), ((2, 3), (1, 2), (0, 1))))
 def _roll(t: Tensor, x: Tensor, y: Tensor, shifts: Any, dims: Any = None) -> Tensor:
-    if dims is None or dims == ():
-        return t.flatten(1).roll(shifts, -1).reshape(t.shape)
+    if dims is None or dims == () or x.dim() == 0:
+        return t.reshape(t.shape[0], -1).roll(shifts, -1).reshape(t.shape)
     return t.roll(shifts, lasts(dims, x))
 
 
@@ -174,8 +186,8 @@ pushforward("tile", _samples(((2, 3), (2,)), ((3,), (2, 1))))(
     lambda t, x, y, *n: every(t, lambda d: d.tile(*n), y.shape)
 )
 pushforward("repeat_interleave", _samples(((2, 3), 2, 0), ((2, 3), 2)))(
-    lambda t, x, y, n, dim=None, output_size=None: every(
-        t, lambda d: d.repeat_interleave(n, dim, output_size=output_size), y.shape
+    lambda t, x, y, repeats, dim=None, output_size=None: every(
+        t, lambda d: d.repeat_interleave(repeats, dim, output_size=output_size), y.shape
     )
 )
 
@@ -217,7 +229,11 @@ def _pad(t: Tensor, x: Tensor, y: Tensor, pad: Any, mode: str = "constant", valu
 def _join(func: Callable, args: tuple, kwargs: dict) -> Any:
     """``cat``, ``stack`` and their kin: operands without a tangent join with zeros."""
     kwargs = dict(kwargs)
+    if kwargs.pop("out", None) is not None:
+        raise unsupported(func, "has no dual rule with out=")
     tensors = list(args[0] if args else kwargs.pop("tensors"))
+    if func not in (torch.stack,):  # torch skips empty vectors among tensors of other shapes
+        tensors = [x for x in tensors if x.shape != (0,)] or tensors
     dim = args[1] if len(args) > 1 else kwargs.pop("dim", kwargs.pop("axis", 0))
     level = top_level(tensors)
     num = count(level, tensors)
@@ -239,3 +255,29 @@ def _zeros(x: Tensor, num: int, like: Tensor) -> Tensor:
 
 
 register(torch.cat, torch.concat, torch.concatenate, torch.stack, rule=_join)
+
+
+def _at_least(view: Callable) -> Callable:
+    """``atleast_nd`` of one tensor, of several, or of a list of them."""
+
+    def rule(func: Callable, args: tuple, kwargs: dict) -> Any:
+        tensors = args[0] if len(args) == 1 else args
+        if isinstance(tensors, Tensor):
+            return view(tensors)
+        return tuple(view(x) for x in tensors)
+
+    return rule
+
+
+register(
+    torch.atleast_1d,
+    torch.functional.atleast_1d,
+    torch._VF.atleast_1d,
+    rule=_at_least(lambda x: x if x.dim() else x.reshape(1)),
+)
+register(
+    torch.atleast_2d,
+    torch.functional.atleast_2d,
+    torch._VF.atleast_2d,
+    rule=_at_least(lambda x: x if x.dim() > 1 else x.reshape(1, -1)),
+)

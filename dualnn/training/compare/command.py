@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -22,7 +22,7 @@ from dualnn.training.compare.status import Status, quiet
 from dualnn.training.compare.table import failure, percent, row, tables
 from dualnn.training.compare.tune import proposal, tune
 from dualnn.training.compare.verdict import verdict
-from dualnn.training.errors import NonFiniteLossError, UsageError
+from dualnn.training.errors import RunError, UsageError
 from dualnn.training.suggest import did_you_mean
 
 
@@ -41,13 +41,14 @@ def parser() -> argparse.ArgumentParser:
         description="Train the arms of an experiment on the same data in the same order, and say which wins.",
         allow_abbrev=False,
     )
-    options.add_argument("-c", "--config", required=True, help="the experiment, such as experiments/digits/compare.yaml")
-    options.add_argument("--fast", action="store_true", help="the experiment's short version")
-    options.add_argument("--only", nargs="+", metavar="ARM", help="train these arms only; the others keep their results")
-    options.add_argument("--seeds", nargs="+", type=int, metavar="N", help="other seeds than the experiment's")
-    options.add_argument("--out", default="logs", metavar="FOLDER", help="where logs and results go (default: logs)")
-    options.add_argument("--tune", action="store_true", help="find the learning rates by the experiment's grid instead")
-    options.add_argument("--write", action="store_true", help="write RESULT.md beside the experiment even after a short run")
+    add = options.add_argument
+    add("-c", "--config", required=True, help="the experiment, such as experiments/digits/compare.yaml")
+    add("--fast", action="store_true", help="the experiment's short version")
+    add("--only", nargs="+", metavar="ARM", help="train these arms only; the others keep their results")
+    add("--seeds", nargs="+", type=int, metavar="N", help="other seeds than the experiment's")
+    add("--out", default="logs", metavar="FOLDER", help="where logs and results go (default: logs)")
+    add("--tune", action="store_true", help="find the learning rates by the experiment's grid instead")
+    add("--write", action="store_true", help="write RESULT.md beside the experiment even after a short run")
     return options
 
 
@@ -58,7 +59,7 @@ def compare(argv: Sequence[str]) -> int:
         argv: The words after `compare`.
 
     Returns:
-        0 if all arms finished, 1 if one failed.
+        0 if all arms finished (and those failed that are there to fail), 1 if not.
 
     Raises:
         DualnnError: What was asked for is not possible.
@@ -90,7 +91,7 @@ def compare(argv: Sequence[str]) -> int:
     if options.write or (complete and experiment.mode == "full"):
         write_atomically(experiment.file.parent / "RESULT.md", report)
         print(f"Written: {experiment.file.parent / 'RESULT.md'}")
-    return EXIT_FAILED if any(results.failed(arm) for arm in experiment.arms.values()) else 0
+    return EXIT_FAILED if any(results.failed(arm) != arm.fails for arm in arms) else 0
 
 
 def _run(experiment: Experiment, arms: Sequence[Arm], logs: Path) -> Results:
@@ -141,21 +142,21 @@ def _kept(results: Results, arm: Arm, seed: int, logs: Path, status: Status) -> 
     except UsageError:
         raise  # written wrongly: nothing goes on
     except Exception as error:
-        what: dict[str, Any] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-        if isinstance(error, NonFiniteLossError):
-            what |= {"step": error.step, "value": str(error.value)}
-        else:
-            file = run_folder(results.experiment, arm, seed, logs) / "error.txt"
-            write_atomically(file, "".join(traceback.format_exception(error)))
-            what["traceback"] = str(file)
-        results.fail(arm, seed, what)
+        file = run_folder(results.experiment, arm, seed, logs) / "error.txt"
+        write_atomically(file, "".join(traceback.format_exception(error)))
+        what = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}".splitlines()[0]
+        step = error.step if isinstance(error, RunError) else None
+        results.fail(arm, {"error": what, "step": step, "seed": seed, "traceback": str(file)})
         status.say(f"{arm.name:<24} seed {seed}   {failure(results.arms[arm.name]['failure'])}")
 
 
 def _tune(experiment: Experiment, arms: Sequence[Arm], logs: Path) -> int:
     grid = ", ".join(f"{lr:g}" for lr in experiment.tuning.grid)
-    print(f"{experiment.name}: learning rates {grid}, seed {experiment.tuning.seed}, val/{experiment.metric}")
-    outcome = tune(experiment, arms, print)
+    seeds = ", ".join(map(str, experiment.tuning.seeds))
+    print(f"{experiment.name}: learning rates {grid}; seeds {seeds}; shown: mean val/loss (val/{experiment.metric})")
+    status = Status(len(arms) * len(experiment.tuning.grid) * len(experiment.tuning.seeds))
+    outcome = tune(experiment, arms, status)
+    status.end()
     edges = [tuned.arm.name for tuned in outcome if tuned.at_edge]
     print(f"Edge hits: {', '.join(edges) if edges else 'none'}")
     file = logs / experiment.name / "lr.yaml"

@@ -30,6 +30,7 @@ class Arm:
         lr: Its learning rate.
         control_of: For a control: the arm that it is to be compared with.
         remark: A sentence for the table's notes.
+        fails: It is to fail: that is what the experiment shows.
     """
 
     name: str
@@ -39,14 +40,15 @@ class Arm:
     lr: float
     control_of: str | None = None
     remark: str = ""
+    fails: bool = False
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How learning rates are found: a grid, and a seed that no reported run uses."""
+    """How learning rates are found: a grid, and seeds that no reported run uses."""
 
     grid: tuple[float, ...]
-    seed: int
+    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,9 @@ def load_experiment(path: str | Path, fast: bool = False) -> Experiment:
     """Read an experiment's file.
 
     The file's keys: `name`, `question`, `base` (configurations that all arms share, relative to the file), `arms`
-    (name: `label`, `kind`, `lr`, `overrides`, `control_of`, `remark`), `seeds`, `reference`, `metric`, `lr_key`,
-    `tune` (`grid`, `seed`), `threads`, and `fast` (`seeds`, `overrides`) for the short version.
+    (name: `label`, `kind`, `lr`, `overrides`, `control_of`, `remark`, `fails`), `seeds`, `reference`, `metric`,
+    `lr_key`,
+    `tune` (`grid`, `seeds`), `threads`, and `fast` (`seeds`, `overrides`) for the short version.
 
     Args:
         path: The file.
@@ -168,9 +171,10 @@ def load_experiment(path: str | Path, fast: bool = False) -> Experiment:
     file = Path(path)
     raw = _read_yaml(file)
     _check_keys(f"key in {file}", raw, _KEYS, required=("name", "base", "arms", "seeds", "reference", "tune"))
-    short = raw.get("fast", {}) if fast else {}
+    short = raw.get("fast", {})
     _check_keys("key of fast", short, ("seeds", "overrides"))
-    _check_keys("key of tune", raw["tune"], ("grid", "seed"), required=("grid", "seed"))
+    short = short if fast else {}
+    _check_keys("key of tune", raw["tune"], ("grid", "seeds"), required=("grid", "seeds"))
 
     shared: dict[str, Any] = {}
     for part in _as_list(raw["base"]):
@@ -187,16 +191,14 @@ def load_experiment(path: str | Path, fast: bool = False) -> Experiment:
             raise unknown_name(f"arm in control_of of {arm.name!r}", arm.control_of, arms)
     if raw["reference"] not in arms:
         raise unknown_name("arm in reference", raw["reference"], arms)
-    seeds = tuple(short.get("seeds", raw["seeds"]))
-    if not seeds or not all(isinstance(seed, int) for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise ExperimentError(f"{file}: seeds must be different integers, at least one, got {list(seeds)}")
-    tuning = Tuning(tuple(float(lr) for lr in raw["tune"]["grid"]), raw["tune"]["seed"])
+    seeds = _seeds(f"{file}: seeds", short.get("seeds", raw["seeds"]))
+    tuning = Tuning(tuple(float(lr) for lr in raw["tune"]["grid"]), _seeds(f"{file}: tune.seeds", raw["tune"]["seeds"]))
     if not tuning.grid or list(tuning.grid) != sorted(set(tuning.grid)):
         raise ExperimentError(f"{file}: tune.grid must be rising learning rates, got {list(tuning.grid)}")
-    if tuning.seed in raw["seeds"]:
+    if common := set(tuning.seeds) & set(raw["seeds"]):
         raise ExperimentError(
-            f"{file}: tune.seed {tuning.seed} is one of the seeds, so the learning rates would be chosen on a run "
-            "that is reported: take another"
+            f"{file}: {sorted(common)} stand in tune.seeds and in seeds, so the learning rates would be chosen on runs "
+            "that are reported: take others"
         )
     return Experiment(
         name=name,
@@ -227,12 +229,10 @@ _KEYS = (
     "threads",
     "fast",
 )
-_ARM_KEYS = ("label", "kind", "lr", "overrides", "control_of", "remark")
+_ARM_KEYS = ("label", "kind", "lr", "overrides", "control_of", "remark", "fails")
 
 
-def _arm(
-    key: object, raw: Any, shared: Mapping[str, Any], lr_key: str, last: Mapping[str, Any]
-) -> Arm:
+def _arm(key: object, raw: Any, shared: Mapping[str, Any], lr_key: str, last: Mapping[str, Any]) -> Arm:
     name = plain_name("arm", key)
     _check_keys(f"key of arm {name!r}", raw, _ARM_KEYS, required=("kind", "lr"))
     if raw["kind"] not in get_args(Kind):
@@ -248,7 +248,16 @@ def _arm(
         lr=float(raw["lr"]),
         control_of=raw.get("control_of"),
         remark=raw.get("remark", ""),
+        fails=raw.get("fails", False),
     )
+
+
+def _seeds(what: str, seeds: Any) -> tuple[int, ...]:
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+        raise ExperimentError(f"{what} must be a list of integers, at least one, got {seeds!r}")
+    if len(set(seeds)) < len(seeds):
+        raise ExperimentError(f"{what} must be different integers, got {seeds}")
+    return tuple(seeds)
 
 
 def _check_keys(kind: str, section: Any, known: Iterable[str], required: Iterable[str] = ()) -> None:

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -74,7 +75,8 @@ class FreshProcesses:
         self._reader.join()
         if self._codes.get(arm) != 0:
             raise ProcessError(
-                f"the process that measures {arm or 'the libraries'} failed (code {self._codes.get(arm)}):\n{self._said()}"
+                f"the process that measures {arm or 'the libraries'} failed "
+                f"(code {self._codes.get(arm)}):\n{self._said()}"
             )
         return self._peaks[arm]
 
@@ -123,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
     quiet()
     print(json.dumps([_IDLE, *measure(lambda: None)]), flush=True)
     for name in names:
-        print(json.dumps([name, *measure(lambda name=name: _train(file, mode, name))]), flush=True)
+        print(json.dumps([name, *measure(partial(_train, file, mode, name))]), flush=True)
 
 
 def _train(file: str, mode: str, name: str) -> None:

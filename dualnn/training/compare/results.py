@@ -67,9 +67,9 @@ class Results:
         self.arms[arm.name]["runs"][str(seed)] = run
         self.write()
 
-    def fail(self, arm: Arm, seed: int, failure: dict[str, Any]) -> None:
-        """Mark an arm as failed; its finished runs stay."""
-        self.arms[arm.name]["failure"] = {"seed": seed, **failure}
+    def fail(self, arm: Arm, failure: dict[str, Any]) -> None:
+        """Mark an arm as failed (`error`, `step`, `seed`); its finished runs stay."""
+        self.arms[arm.name]["failure"] = failure
         self.write()
 
     def failed(self, arm: Arm) -> bool:

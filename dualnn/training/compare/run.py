@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from dualnn.engine.errors import unknown_name
 from dualnn.training.compare.experiment import Arm, Experiment, overlay, plain_name
 from dualnn.training.dual_cli import DualCLI, named_error
-from dualnn.training.errors import ExperimentError, RunNameError, UsageError
+from dualnn.training.errors import ExperimentError, RunError, RunNameError, UsageError
 from dualnn.training.finite import FiniteLoss
 
 # Quiet, and nothing on disk that is not asked for: these hold for every run of a comparison.
@@ -41,7 +41,7 @@ def build(arm: Arm, seed: int, trainer: dict[str, Any], callbacks: list[pl.Callb
         if (ours := named_error(error)) is None:
             raise
         raise UsageError(f"arm {arm.name!r}: {ours}") from error
-    cli.trainer.callbacks.extend([FiniteLoss(), *callbacks])
+    cli.trainer.callbacks.extend([FiniteLoss(), *callbacks])  # type: ignore[attr-defined]  # set by a connector
     return cli
 
 
@@ -65,18 +65,23 @@ class Stopwatch(pl.Callback):
         self._since: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start."""
         self._start()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pause."""
         self._stop()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on."""
         self._start()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop."""
         self._stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Stop."""
         self._stop()
 
     def _start(self) -> None:
@@ -103,12 +108,16 @@ class Fingerprints(pl.Callback):
         return self._batches.hexdigest()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the weights that training begins with."""
         self.weights = {
             name: hashlib.blake2b(_bytes(value), digest_size=8).hexdigest()
             for name, value in pl_module.state_dict().items()
         }
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the batch."""
         for leaf in tree_leaves(batch):
             if isinstance(leaf, torch.Tensor):
                 self._batches.update(_bytes(leaf))
@@ -128,10 +137,11 @@ def train(experiment: Experiment, arm: Arm, seed: int, logs: Path | None) -> dic
         logs: Where TensorBoard logs go; None writes none.
 
     Returns:
-        The run's figures: `test` and `val` (the metric), `steps`, `seconds`, and fingerprints of what went in.
+        The run's figures: `test` and `val` (the metric), `val_loss`, `steps`, `seconds`, and fingerprints of what
+        went in. Without logs there is no test: tuning looks at validation data only.
 
     Raises:
-        NonFiniteLossError: The loss became nan or infinite.
+        RunError: It broke; the cause may be a `NonFiniteLossError`.
         UsageError: The arm's configuration is wrong.
     """
     watch, prints = Stopwatch(), Fingerprints()
@@ -140,23 +150,22 @@ def train(experiment: Experiment, arm: Arm, seed: int, logs: Path | None) -> dic
     if logs is not None:
         logger = _logger(experiment, arm, seed, logs)
         cli.trainer.loggers = [logger]
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    val = _metric(cli.trainer, f"val/{experiment.metric}")
-    steps = cli.trainer.global_step
-    test = None
-    if logger is not None:  # tuning looks at validation data only
-        cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
-        test = _metric(cli.trainer, f"test/{experiment.metric}")
-        _log_figures(logger, {"test": test, "val": val, "steps": steps, "seconds": watch.seconds}, steps)
+    figures: dict[str, Any] = {}
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        steps = cli.trainer.global_step
+        figures["val"] = _metric(cli.trainer, f"val/{experiment.metric}")
+        figures["val_loss"] = _metric(cli.trainer, "val/loss")
+        if logger is not None:
+            cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+            figures["test"] = _metric(cli.trainer, f"test/{experiment.metric}")
+    except Exception as error:
+        raise RunError(cli.trainer.global_step, error) from error
+    figures |= {"steps": steps, "seconds": watch.seconds}
+    if logger is not None:
+        logger.log_metrics({f"figure/{name}": figures[name] for name in _FIGURES}, steps)
         logger.finalize("success")
-    return {
-        "test": test,
-        "val": val,
-        "steps": steps,
-        "seconds": watch.seconds,
-        "batches": prints.batches,
-        "weights": prints.weights,
-    }
+    return figures | {"batches": prints.batches, "weights": prints.weights}
 
 
 def _metric(trainer: pl.Trainer, name: str) -> float:
@@ -168,7 +177,7 @@ def _metric(trainer: pl.Trainer, name: str) -> float:
     return value
 
 
-_FIGURES = ("test", "val", "steps", "seconds")
+_FIGURES = ("test", "val", "val_loss", "steps", "seconds")
 
 
 def _logger(experiment: Experiment, arm: Arm, seed: int, logs: Path) -> TensorBoardLogger:
@@ -182,7 +191,3 @@ def _logger(experiment: Experiment, arm: Arm, seed: int, logs: Path) -> TensorBo
     curves = {name: ["Multiline", [f"train/{name}", f"val/{name}"]] for name in (experiment.metric, "loss")}
     logger.experiment.add_custom_scalars({experiment.name: curves})
     return logger
-
-
-def _log_figures(logger: TensorBoardLogger, figures: dict[str, float], step: int) -> None:
-    logger.log_metrics({f"figure/{name}": figures[name] for name in _FIGURES}, step)

@@ -24,7 +24,7 @@ class Row:
         resident_bytes: Peak resident size of a fresh process.
         idle_bytes: The same of a process that trains nothing.
         taught: Share of the trainable numbers that a step gives any gradient.
-        failure: What ended the arm, with `step` where the loss was not finite.
+        failure: What ended the arm: `error`, `step`, `seed`.
     """
 
     arm: Arm
@@ -86,8 +86,8 @@ def tables(experiment: Experiment, rows: Sequence[Row]) -> str:
         f"Test accuracy: mean ± standard deviation over {seeds}. Seconds: training without validation, "
         f"{experiment.threads} thread{'s' if experiment.threads > 1 else ''}. F: operations of a step in forward "
         "passes of the same model. Live bytes: most bytes of tensors made in a step and alive at once. Resident: peak "
-        f"of a fresh process that trains a few steps ({_idle(rows)} of it are the libraries). Taught: share of the trainable numbers that a "
-        "step gives any gradient."
+        f"of a fresh process that trains a few steps ({_idle(rows)} of it are the libraries). Taught: share of the "
+        "trainable numbers that a step gives any gradient."
     ]
     notes += [f"{_label(r)}: {r.arm.remark}" for r in rows if r.arm.remark]
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)])
@@ -97,7 +97,8 @@ def table(rows: Sequence[Row]) -> str:
     """Rows as an aligned Markdown table."""
     cells = [_COLUMNS, *(_cells(r) for r in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
+    lines = [f"| {' | '.join(line)} |" for line in padded]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
@@ -128,14 +129,13 @@ def _score(r: Row) -> str:
     if r.failure is None:
         return score or "-"
     kept = f" (before: {score} of {r.finished})" if score else ""
-    return f"{failure(r.failure)}{kept}"
+    return f"{failure(r.failure, width=60)}{kept}"
 
 
-def failure(what: dict[str, Any]) -> str:
-    """How an arm ended, in a table's cell."""
-    if what.get("step") is not None:
-        return f"FAILED: loss {what['value']} at step {what['step']}, seed {what['seed']}"
-    return f"FAILED: {what['error']}, seed {what['seed']}"
+def failure(what: dict[str, Any], width: int = 1000) -> str:
+    """How an arm ended, in at most about `width` characters."""
+    text = what["error"]
+    return f"FAILED {text if len(text) <= width else text[: width - 1] + '…'}, seed {what['seed']}"
 
 
 def percent(score: float, spread: float | None = None) -> str:

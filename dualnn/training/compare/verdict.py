@@ -9,6 +9,8 @@ from dualnn.training.compare.table import Row, failure, percent, size
 _POINTS_WITHOUT_SPREAD = 0.005
 _TIME = 1.15
 _MEMORY = 1.02
+_OF_SECONDS, _OF_MEMORY = "of the seconds", "of the live bytes"
+_SECONDS = 1.0  # a shorter training says more about the machine's mood than about the arm
 
 
 def verdict(rows: Sequence[Row], reference: str) -> list[str]:
@@ -52,8 +54,8 @@ def tied(a: Row, b: Row) -> bool:
 def _about(r: Row, base: Row) -> str:
     name, other = base.arm.label, r.arm.label
     return (
-        f"{other}: {_accuracy(r, base)}; time: {_ratio(r.seconds, base.seconds, _TIME, other, name, 'of the seconds')}; "
-        f"memory: {_ratio(r.live_bytes, base.live_bytes, _MEMORY, other, name, 'of the live bytes')}."
+        f"{other}: {_accuracy(r, base)}; time: {_ratio(r.seconds, base.seconds, _TIME, other, name, _OF_SECONDS)}; "
+        f"memory: {_ratio(r.live_bytes, base.live_bytes, _MEMORY, other, name, _OF_MEMORY)}."
     )
 
 
@@ -70,6 +72,8 @@ def _ratio(value: float | None, base: float | None, equal: float, name: str, bas
     if not value or not base:
         return "not measured"
     times = value / base
+    if what == _OF_SECONDS and max(value, base) < _SECONDS:
+        return f"too short to tell ({times:.2f} x {what})"
     if 1 / equal <= times <= equal:
         return f"equal ({times:.2f} x {what})"
     return f"{name if times < 1 else base_name} wins ({times:.2f} x {what})"
@@ -83,8 +87,8 @@ def _about_control(r: Row, arm: Row) -> str:
         taught = f" It teaches {100 * r.taught:.0f} % of the weights; the others never move."
     return (
         f"{arm.arm.label} beside its control {r.arm.label}: {_accuracy(arm, r)}; "
-        f"time: {_ratio(arm.seconds, r.seconds, _TIME, arm.arm.label, r.arm.label, 'of the seconds')}; "
-        f"memory: {_ratio(arm.live_bytes, r.live_bytes, _MEMORY, arm.arm.label, r.arm.label, 'of the live bytes')}."
+        f"time: {_ratio(arm.seconds, r.seconds, _TIME, arm.arm.label, r.arm.label, _OF_SECONDS)}; "
+        f"memory: {_ratio(arm.live_bytes, r.live_bytes, _MEMORY, arm.arm.label, r.arm.label, _OF_MEMORY)}."
         f"{taught}"
     )
 

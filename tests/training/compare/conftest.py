@@ -37,7 +37,7 @@ EXPERIMENT = {
     "base": "base.yaml",
     "reference": "backprop",
     "seeds": [0, 1],
-    "tune": {"grid": [0.01, 0.1, 1e30], "seed": 100},
+    "tune": {"grid": [0.01, 0.1, 1e30], "seeds": [100, 101]},
     "fast": {"seeds": [0], "overrides": {"trainer": {"max_epochs": 1}}},
     "arms": {
         "backprop": {"label": "plain", "kind": "exact", "lr": 0.1},

@@ -77,10 +77,10 @@ def test_any_other_failure_ends_its_arm_too_and_leaves_the_traceback(compare, tm
     }
     assert compare("--fast", arms=arms, reference="second") == 1
     failure = results()["arms"]["first"]["failure"]
-    assert failure["error"] == "ZeroDivisionError: of my own" and "step" not in failure
+    assert failure["error"] == "at step 3: ZeroDivisionError: of my own" and failure["step"] == 3
     assert "on_test_start" in Path(failure["traceback"]).read_text()
     assert results()["arms"]["second"]["runs"]["0"]["test"] >= 0
-    assert "FAILED: ZeroDivisionError: of my own" in capsys.readouterr().out
+    assert "FAILED at step 3: ZeroDivisionError: of my own" in capsys.readouterr().out
 
 
 def test_a_run_that_is_interrupted_leaves_what_was_finished(compare, tmp_path):
@@ -102,7 +102,7 @@ def test_a_run_that_is_interrupted_leaves_what_was_finished(compare, tmp_path):
 def test_tuning_prints_the_grid_and_its_edges_and_writes_a_proposal(compare, capsys):
     assert compare("--tune", "--only", "backprop", "weights") == 0
     out = capsys.readouterr().out
-    assert "1e+30 diverged" in out and "[0.1 " in out
+    assert "1e+30 failed" in out and "[0.1 " in out
     assert "Edge hits: " in out
     proposed = Path("logs/small/lr.yaml").read_text()
     assert "backprop:\n    lr: 0.1\n" in proposed

@@ -25,7 +25,8 @@ def test_a_failed_arm_makes_the_exit_code_non_zero(finished):
 def test_the_failed_arm_is_marked_with_its_step_and_the_others_are_complete(results):
     assert list(results["arms"]) == ["backprop", "broken", "hybrid", "naive", "weights"]
     failure = results["arms"]["broken"]["failure"]
-    assert failure["value"] == "nan" and failure["step"] >= 1 and failure["seed"] == 0
+    assert failure["step"] >= 1 and failure["seed"] == 0
+    assert failure["error"] == f"at step {failure['step']}: loss nan"
     assert results["arms"]["broken"]["runs"] == {}
     for name in WHOLE:
         record = results["arms"][name]
@@ -86,11 +87,11 @@ def test_the_report_has_two_tables_marks_controls_and_gives_a_verdict(finished):
     assert report in out
     exact, estimated = report.split("### Estimated signals")
     assert "| naive * " in exact and "| weights" in estimated.split("### Verdict")[0] and "| weights" not in exact
-    assert "FAILED: loss nan at step" in exact
+    assert "FAILED at step 1: loss nan, seed 0" in exact
     verdict = report.split("### Verdict")[1]
     assert "plain reaches" in verdict
     assert "hybrid beside its control naive" in verdict and "It teaches" in verdict
-    assert "broken: FAILED: loss nan" in verdict
+    assert "broken: FAILED at step 1: loss nan, seed 0." in verdict
     assert "Does it run?" in report
 
 

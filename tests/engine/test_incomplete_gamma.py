@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy import special
 
-from dualnn.activations.incomplete_gamma import log_gamma, lower_gamma, shape_derivative
 from dualnn.engine.bridge import elementwise
 from dualnn.engine.errors import ConvergenceError
+from dualnn.engine.incomplete_gamma import log_gamma, lower_gamma, shape_derivative
 
 DIGITS = 40
 STEP = "1e-10"
@@ -79,7 +79,7 @@ def test_large_shapes_stay_finite() -> None:
 
 
 def test_giving_up_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dualnn.activations.incomplete_gamma.MAX_STEPS", 5)
+    monkeypatch.setattr("dualnn.engine.incomplete_gamma.MAX_STEPS", 5)
     for log_x, method in ((0.0, "series"), (1.2, "continued fraction")):
         with pytest.raises(ConvergenceError, match=f"the {method} did not converge in 5 steps"):
             shape_derivative(0, torch.tensor([log_x]).double(), torch.tensor([1.5]).double())

@@ -1,0 +1,128 @@
+r"""Second derivatives by duals over duals: `hessian`, `hvp` and `laplacian`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dualnn.engine.dual_tensor import checked_tangent
+from dualnn.engine.errors import DualShapeError, unknown_name
+from dualnn.engine.transforms import basis, jacobian, jvp
+
+
+def hessian(fn: Callable, x: Tensor, chunk: int | None = None) -> Any:
+    r"""Hessian :math:`\partial^2 f / \partial x^2`, forward over forward.
+
+    Args:
+        fn: Function of one tensor; any output shape, or a nesting of outputs.
+        x: Where.
+        chunk: Push at most this many directions at a time, at both levels.
+
+    Returns:
+        ``(*out.shape, *x.shape, *x.shape)``, in the structure that ``fn`` returns.
+
+    Raises:
+        UnsupportedOpError: ``fn`` uses an op without a rule at second order.
+
+    Example:
+        >>> import torch, dualnn as dn
+        >>> dn.hessian(lambda x: x[0] ** 2 * x[1], torch.tensor([1.0, 3.0]))
+        tensor([[6., 2.],
+                [2., 0.]])
+    """
+    return jacobian(lambda inner: jacobian(fn, inner, chunk=chunk), x, chunk=chunk)
+
+
+def hvp(fn: Callable, x: Tensor, v: Tensor, method: Literal["forward", "reverse"] = "forward") -> Tensor:
+    r"""Hessian times a vector, :math:`\nabla^2 f(x)\, v`, of a scalar function.
+
+    ``"forward"`` differentiates the directional derivative :math:`f'(x) v` in all directions, one per input, and is
+    right for any code that the engine runs. ``"reverse"`` differentiates it by autograd: a few evaluations however
+    many inputs there are, but blind to what ``fn`` hides from autograd (``no_grad`` blocks).
+
+    Args:
+        fn: Function of one tensor that returns a scalar.
+        x: Where.
+        v: Vector, of x's shape.
+        method: See above.
+
+    Returns:
+        A tensor of x's shape.
+
+    Raises:
+        DualShapeError: ``fn`` is not scalar, or v does not have x's shape.
+
+    Example:
+        >>> import torch, dualnn as dn
+        >>> dn.hvp(lambda x: (x ** 3).sum(), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]))
+        tensor([ 6., 12.])
+    """
+    if method not in ("forward", "reverse"):
+        raise unknown_name("method", method, ("forward", "reverse"))
+    checked_tangent(x, v)
+    if v.shape != x.shape:
+        raise DualShapeError(f"the vector must have the shape of x, {tuple(x.shape)}, got {tuple(v.shape)}")
+
+    def slope(inner: Tensor) -> Tensor:
+        out, pushed = jvp(fn, (inner,), (v,))
+        if not isinstance(out, Tensor) or out.dim() > 0:
+            shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise DualShapeError(f"hvp needs a scalar function, this one returned {shape}")
+        return pushed
+
+    if method == "forward":
+        return jacobian(slope, x)
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        pushed = slope(leaf)
+        if not pushed.requires_grad:
+            return torch.zeros_like(x)
+        (found,) = torch.autograd.grad(pushed, leaf, allow_unused=True)
+    return torch.zeros_like(x) if found is None else found
+
+
+def laplacian(fn: Callable, x: Tensor, chunk: int | None = 8) -> Any:
+    r"""Laplacian :math:`\sum_i \partial^2 f / \partial x_i^2` over all entries of x.
+
+    The sum of second directional derivatives along the unit directions, a chunk of them at a time: no Hessian is
+    formed, only its diagonal blocks.
+
+    Args:
+        fn: Function of one tensor; any output shape, or a nesting of outputs.
+        x: Where.
+        chunk: How many directions to push at a time (None: all at once).
+
+    Returns:
+        In the structure and shapes that ``fn`` returns.
+
+    Raises:
+        DualShapeError: chunk is smaller than one.
+
+    Example:
+        >>> import torch, dualnn as dn
+        >>> dn.laplacian(lambda x: (x ** 2).sum(), torch.zeros(3))
+        tensor(6.)
+    """
+    checked_tangent(x, x)
+    size = x.numel()
+    step = max(size, 1) if chunk is None else chunk
+    if step < 1:
+        raise DualShapeError(f"chunk must be at least 1, got {chunk}")
+    total: list[Any] | None = None
+    spec: Any = None
+    for start in range(0, max(size, 1), step):
+        unit = basis(x, start, min(start + step, size))
+
+        def slopes(inner: Tensor, unit: Tensor = unit) -> Any:
+            return jvp(fn, (inner,), (unit,))[1]
+
+        _, curved = jvp(slopes, (x,), (unit,))
+        leaves, spec = pytree.tree_flatten(curved)
+        # (outer direction, inner direction, *out): the diagonal holds the pure second derivatives.
+        traces = [None if c is None else c.diagonal(0, 0, 1).sum(-1) for c in leaves]
+        total = traces if total is None else [None if a is None else a + b for a, b in zip(total, traces, strict=True)]
+    return pytree.tree_unflatten(total or [], spec)

@@ -1,0 +1,192 @@
+"""`Surrogate`: the value of a hard function with the exact derivative of a smooth one that is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualnn.engine.bridge import ClosedForm, elementwise
+from dualnn.engine.bridge_linear import untouched
+from dualnn.engine.errors import DualInputError, DualnnError, StructureError, unknown_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Primitive:
+    """A smooth function, as data.
+
+    Attributes:
+        equation: P(u), for people.
+        value: P on tensors.
+        slope: P' on tensors, differentiable torch code.
+    """
+
+    equation: str
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+
+
+PRIMITIVES: dict[str, Primitive] = {}
+
+
+def register_primitive(name: str, primitive: Primitive) -> None:
+    """Make a primitive available as ``Surrogate(fn, name)``.
+
+    Raises:
+        DualnnError: The name is taken.
+
+    Example:
+        >>> identity = PRIMITIVES["identity"]
+        >>> register_primitive("identity", identity)  # the same again is no clash
+    """
+    if PRIMITIVES.get(name, primitive) is not primitive:
+        raise DualnnError(f"a surrogate primitive named {name!r} is already registered")
+    PRIMITIVES[name] = primitive
+
+
+def _logistic_slope(u: Tensor) -> Tensor:
+    s = torch.sigmoid(u)
+    return s * (1 - s)
+
+
+def _inside(u: Tensor) -> Tensor:
+    return (u.abs() <= 1).to(u.dtype)
+
+
+register_primitive("sigmoid", Primitive("1 / (1 + exp(-u))", torch.sigmoid, _logistic_slope))
+register_primitive("tanh", Primitive("tanh(u)", torch.tanh, lambda u: 1 - torch.tanh(u) ** 2))
+register_primitive(
+    "atan",
+    Primitive(
+        "1/2 + atan(pi u / 2) / pi",
+        lambda u: torch.atan(math.pi / 2 * u) / math.pi + 0.5,
+        lambda u: 0.5 / (1 + (math.pi / 2 * u) ** 2),
+    ),
+)
+register_primitive(
+    "erf",
+    Primitive(
+        "(1 + erf(u / sqrt(2))) / 2",
+        lambda u: (1 + torch.erf(u / math.sqrt(2))) / 2,
+        lambda u: torch.exp(-u * u / 2) / math.sqrt(2 * math.pi),
+    ),
+)
+register_primitive(
+    "triangle",
+    Primitive(
+        "1/2 + u - u |u| / 2 for |u| <= 1, else 0 or 1",
+        lambda u: 0.5 + u.clamp(-1, 1) - u.clamp(-1, 1) * u.clamp(-1, 1).abs() / 2,
+        lambda u: torch.where(u.abs() < 1, 1 - u.abs(), 0.0),
+    ),
+)
+register_primitive(
+    "fast_sigmoid", Primitive("u / (1 + |u|)", lambda u: u / (1 + u.abs()), lambda u: 1 / (1 + u.abs()) ** 2)
+)
+register_primitive("identity", Primitive("u", lambda u: u, torch.ones_like))
+register_primitive("identity-clip", Primitive("clamp(u, -1, 1)", lambda u: u.clamp(-1, 1), _inside))
+
+
+class Surrogate(nn.Module):
+    r"""Apply a hard elementwise function, and differentiate a named smooth primitive in its place.
+
+    .. math:: y = f(x), \qquad \dot y = \frac{d}{dx} P(\beta x) \, \dot x = \beta P'(\beta x) \, \dot x
+
+    The derivative of f itself is zero almost everywhere (a spike, a sign, a rounding): there is nothing to recover. The
+    gradient obtained through a surrogate is therefore **biased**: it is that of another function, which the repr names.
+    It is one derivative in forward and in reverse mode; higher derivatives are those of the primitive.
+
+    Args:
+        fn: Elementwise function of one tensor; booleans and integers are converted to the input's dtype.
+        primitive: The name of P, or a `Primitive` of your own:
+
+            ================= ================================ ==========================
+            name              P(u)                             P'(u)
+            ================= ================================ ==========================
+            ``sigmoid``       1 / (1 + exp(-u))                P (1 - P)
+            ``atan``          1/2 + atan(pi u / 2) / pi        1 / (2 (1 + (pi u / 2)^2))
+            ``erf``           (1 + erf(u / sqrt(2))) / 2       the normal density
+            ``triangle``      1/2 + u - u|u|/2 within [-1, 1]  max(0, 1 - \|u\|)
+            ``tanh``          tanh(u)                          1 - P^2
+            ``fast_sigmoid``  u / (1 + \|u\|)                  1 / (1 + \|u\|)^2
+            ``identity``      u                                1 (straight-through)
+            ``identity-clip`` clamp(u, -1, 1)                  1 within [-1, 1], else 0
+            ================= ================================ ==========================
+
+            The first four rise from 0 to 1, as a step does; ``tanh`` and ``fast_sigmoid`` from -1 to 1, as a sign does.
+        sharpness: beta > 0.
+
+    Shape:
+        x: (*) -> y: the same. NaN gives NaN.
+
+    Raises:
+        UnknownNameError: An unknown primitive; the nearest one is named.
+        DualInputError: Input that is not floating point; a function that changes its input.
+        StructureError: The function returns another shape.
+
+    Reference:
+        Neftci, Mostafa, Zenke, "Surrogate gradient learning in spiking neural networks", 2019, arXiv 1901.09948.
+
+    Example:
+        >>> spike = Surrogate(lambda v: v > 0, "atan")
+        >>> v = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+        >>> spike(v)
+        tensor([0., 0., 1.], grad_fn=<...>)
+        >>> spike(v).sum().backward()
+        >>> v.grad
+        tensor([0.1442, 0.5000, 0.0460])
+    """
+
+    one_layer = True  # signals perturb its result as a whole
+
+    def __init__(self, fn: Callable[[Tensor], Tensor], primitive: str | Primitive, sharpness: float = 1.0) -> None:
+        super().__init__()
+        if not callable(fn):
+            raise DualInputError(f"Surrogate wraps a function, got {fn!r}")
+        if not isinstance(primitive, Primitive) and primitive not in PRIMITIVES:
+            raise unknown_name("surrogate primitive", primitive, PRIMITIVES)
+        if not 0 < sharpness < math.inf:
+            raise DualInputError(f"Surrogate: sharpness must be positive, got {sharpness}")
+        self.fn, self.sharpness = fn, sharpness
+        # A name is kept as a name: it pickles, a table of lambdas does not.
+        self.primitive = primitive
+        self.label = getattr(fn, "__name__", type(fn).__name__)
+        self.name = f"Surrogate({self.label})"
+
+    def of(self) -> Primitive:
+        """The primitive."""
+        return self.primitive if isinstance(self.primitive, Primitive) else PRIMITIVES[self.primitive]
+
+    def smooth(self, x: Tensor) -> Tensor:
+        """The primitive itself, P(sharpness * x): what the derivative belongs to."""
+        return self.of().value(self.sharpness * x)
+
+    def extra_repr(self) -> str:
+        """The function, and whose derivative stands in for its own."""
+        name = self.primitive.equation if isinstance(self.primitive, Primitive) else self.primitive
+        return f"{self.label}, primitive={name!r}, sharpness={self.sharpness}, biased gradient: the primitive's"
+
+    # Wrapping torch's compiler around a user's hard function gains nothing: one clean graph break instead.
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the hard function."""
+        if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise DualInputError(f"{self.name} needs a floating point tensor, got {got}: convert it (x.float())")
+        return elementwise(ClosedForm(self._value, self._slope), x)
+
+    def _slope(self, y: Tensor, x: Tensor) -> tuple[Tensor]:
+        return (self.sharpness * self.of().slope(self.sharpness * x),)
+
+    def _value(self, x: Tensor) -> Tensor:
+        def hard(x: Tensor) -> tuple[Any]:
+            return (self.fn(x),)
+
+        y = untouched(self.name, hard, (x,))[0]
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise StructureError(f"{self.name}: the function must return the input's shape {tuple(x.shape)}, got {got}")
+        return torch.where(torch.isnan(x), x, y.to(x.dtype))  # a comparison would hide a NaN
