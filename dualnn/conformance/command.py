@@ -12,15 +12,23 @@ import torch
 
 from dualnn.conformance.boundary import boundary_cases, boundary_entries
 from dualnn.conformance.case import Case
-from dualnn.conformance.opinfo import module_cases, module_entries, op_cases, op_entries
+from dualnn.conformance.opinfo import (
+    complex_cases,
+    complex_entries,
+    module_cases,
+    module_entries,
+    op_cases,
+    op_entries,
+)
 from dualnn.conformance.sweep import COLUMNS, Row, judge
 from dualnn.conformance.table import committed, markdown, totals
 from dualnn.conformance.verdicts import WRONG
 from dualnn.engine.errors import unknown_name
 
-LIMIT = 12
+LIMIT = 8
 KINDS: dict[str, tuple[str, Callable[[], dict[str, Any]], Callable[..., Iterator[Case]]]] = {
     "ops": ("Ops of PyTorch's OpInfo database", op_entries, op_cases),
+    "complex": ("The same ops on complex numbers", complex_entries, complex_cases),
     "boundary": ("Boundary samples", boundary_entries, boundary_cases),
     "modules": ("Modules of PyTorch's module database", module_entries, module_cases),
 }

@@ -17,10 +17,13 @@ from dualnn.engine.parameters import swapped
 # Piecewise constant or linear in an argument, with many steps: a long difference measures the staircase's slope.
 STAIRCASES = frozenset({"div.trunc_rounding", "div.floor_rounding", "fmod", "remainder", "round.decimals_3"})
 SMALL_STEP = 1e-7
+LARGE = 20_000  # numbers: a few samples are sized for speed tests
 # Arguments that the database differentiates and that are labels: the op compares them with 1.
 LABELS = {"nn.functional.hinge_embedding_loss": 0, "nn.functional.cosine_embedding_loss": 1}
 # Not cases of one function of its tensors' values, with the reason.
 LEFT_OUT = {"as_strided.partial_views": "its arguments are views of one larger storage, which it reads beyond them"}
+# In complex numbers torch itself refuses their gradient, which says which results are differentiable.
+REAL_RESULT = frozenset({"to_sparse"})
 
 
 def databases() -> tuple[list[Any], list[Any]]:
@@ -79,9 +82,19 @@ def op_cases(op: Any, limit: int | None = None, dtype: torch.dtype = torch.float
                 ((sample.input, *sample.args), sample.kwargs),
                 lambda t: t.requires_grad,
             )
-        if case is not None:
+        if case is not None and sum(t.numel() for t in case.tensors) <= LARGE:
             case.step = SMALL_STEP if op.full_name in STAIRCASES else case.step
             yield case
+
+
+def complex_entries() -> dict[str, Any]:
+    """Ops that torch differentiates in complex numbers."""
+    return {name: op for name, op in op_entries(torch.complex128).items() if name not in REAL_RESULT}
+
+
+def complex_cases(op: Any, limit: int | None = None) -> Iterator[Case]:
+    """The database's complex samples of an op."""
+    return op_cases(op, limit, torch.complex128)
 
 
 def _wrapped(op: Any, process: Callable) -> Callable:

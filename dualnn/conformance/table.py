@@ -21,7 +21,7 @@ def release() -> str:
 
 
 def committed(kind: str) -> Path:
-    """The committed table of ``"ops"``, ``"boundary"`` or ``"modules"`` for the installed torch (it may not exist)."""
+    """The table of ``"ops"``, ``"complex"``, ``"boundary"`` or ``"modules"`` for this torch (it may not exist)."""
     return TABLES / f"torch-{release()}-{kind}.md"
 
 

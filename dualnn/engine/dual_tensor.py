@@ -148,6 +148,8 @@ def make(primal: Tensor, tan: Tangent, level: int) -> DualTensor:
     )
     if not tan.is_zero and isinstance(tan, Dense) and tan.data.dtype != primal.dtype:
         # Autocast runs the value's op and the tangents' ops in dtypes of their own.
+        if tan.data.dtype.is_complex and not primal.dtype.is_complex:
+            raise UnsupportedOpError("an operation from complex to real numbers has a rule for real ones only")
         data = tan.data.to(primal.dtype)
         tan = PerSample(data, tan.batch) if isinstance(tan, PerSample) else Dense(data)
     shell._primal = primal

@@ -148,6 +148,7 @@ def pushforward(
     also: Iterable[Callable] = (),
     view: bool = False,
     like: bool = False,
+    holomorphic: bool = True,
     smooth: bool = True,
     functions: Iterable[Callable] | None = None,
 ) -> Callable[[Callable], Callable]:
@@ -159,7 +160,7 @@ def pushforward(
     """
 
     def decorate(push: Callable) -> Callable:
-        rule = pushforward_rule(push, view, like)
+        rule = pushforward_rule(push, view, like, holomorphic)
         found = list(functions) if functions is not None else spellings(name)
         found = [*found, *also]
         spec = None if samples is None else OpSpec(name, found[0], samples, smooth=smooth)
@@ -170,7 +171,7 @@ def pushforward(
     return decorate
 
 
-def pushforward_rule(push: Callable, view: bool = False, like: bool = False) -> Rule:
+def pushforward_rule(push: Callable, view: bool = False, like: bool = False, holomorphic: bool = True) -> Rule:
     """The rule of `pushforward`, unregistered."""
 
     def rule(func: Callable, call: tuple, kwargs: dict) -> Any:
@@ -179,6 +180,8 @@ def pushforward_rule(push: Callable, view: bool = False, like: bool = False) -> 
             if not isinstance(call[0], DualTensor):
                 return func(*call, **kwargs)
         x, call, kwargs = first(func, call, kwargs)
+        if not holomorphic and x.dtype.is_complex:  # the formula is for real numbers
+            return reverse_rule(func, (x, *call), kwargs)
         value = func(x._primal, *call, **kwargs)
         if value is x._primal:  # torch returned its argument (contiguous, flatten of a vector, …): so do we
             return x

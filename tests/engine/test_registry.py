@@ -45,7 +45,7 @@ def test_registering_one_callable_under_several_names_is_no_duplicate(monkeypatc
         (lambda x: torch.special.bessel_j0(x), "bessel_j0"),
         (lambda x: torch.special.airy_ai(x), "airy_ai"),
         (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "quantize_per_tensor"),
-        (lambda x: torch.geqrf(x.expand(2, 2)), "geqrf"),
+        (lambda x: torch.linalg.ldl_factor(x.expand(2, 2)), "ldl_factor"),
         (lambda x: x.resize_(3), "Tensor.resize_"),
         (lambda x: torch.zeros(2).bernoulli_(x.sigmoid()), "Tensor.bernoulli_"),
         (lambda x: torch.full((2,), x[0]), "full|_local_scalar_dense"),

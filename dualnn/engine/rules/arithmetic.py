@@ -21,6 +21,8 @@ def _pow_base(a: Any, b: Any, y: Tensor) -> Any:
 
 
 def _pow_exponent(a: Any, b: Any, y: Tensor) -> Any:
+    if y.is_complex():
+        return y * torch.log(torch.as_tensor(a, dtype=y.dtype, device=y.device))
     if not isinstance(a, Tensor):
         return y * math.log(a) if a > 0 else torch.where(b >= 0, torch.zeros_like(y), torch.full_like(y, math.nan))
     # 0**b is 0 for every b > 0, so its derivative in b is 0; log(0) must not be formed.

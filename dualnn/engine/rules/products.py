@@ -90,8 +90,8 @@ def _affine(name: str, shapes: tuple, product: Callable) -> None:
 
     def push(y: Tensor, t: dict, input: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
         tan = product(y, {"input": t["a"], "other": t["b"]}, a, b)
-        tan = tan and tan.scale(float(alpha), y.shape)
-        return _plus(tan, t["input"] and t["input"].scale(float(beta), y.shape))
+        tan = tan and tan.scale(alpha, y.shape)
+        return _plus(tan, t["input"] and t["input"].scale(beta, y.shape))
 
     operands(name, lambda rand: [Sample(tuple(rand(*s) for s in shapes), {"beta": 0.5, "alpha": 2.0})])(push)
 

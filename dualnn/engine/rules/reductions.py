@@ -107,7 +107,7 @@ def _correction(dim: Any, unbiased: Any, correction: Any) -> float:
 _VAR = [((2, 3, 4),), ((2, 3, 4), 1), ((2, 3, 4), (0, 2), False, True)]
 
 
-@pushforward("var", lambda rand: [Sample((rand(*s), *a)) for s, *a in _VAR])
+@pushforward("var", lambda rand: [Sample((rand(*s), *a)) for s, *a in _VAR], holomorphic=False)
 def _var(
     t: Tensor,
     x: Tensor,
@@ -122,7 +122,7 @@ def _var(
     return 2 / free * (centred * t).sum(dims, keepdim=keepdim)
 
 
-@pushforward("std", lambda rand: [Sample((rand(*s), *a)) for s, *a in _VAR])
+@pushforward("std", lambda rand: [Sample((rand(*s), *a)) for s, *a in _VAR], holomorphic=False)
 def _std(
     t: Tensor,
     x: Tensor,
@@ -169,6 +169,7 @@ def _norm_push(t: Tensor, x: Tensor, y: Tensor, p: float, dim: Any, keepdim: boo
         Sample((rand(2, 3), float("inf"))),
     ],
     functions=[torch.linalg.vector_norm],
+    holomorphic=False,
 )
 def _vector_norm(
     t: Tensor, x: Tensor, y: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
@@ -180,7 +181,7 @@ def _vf_norm(t: Tensor, x: Tensor, y: Tensor, p: Any = 2, dim: Any = None, keepd
     return _norm_push(t, x, y, 2.0 if p is None else float(p), dim, keepdim)
 
 
-pushforward("norm_kernel", None, functions=[torch._VF.norm])(_vf_norm)
+pushforward("norm_kernel", None, functions=[torch._VF.norm], holomorphic=False)(_vf_norm)
 
 
 def _pick(t: Tensor, index: Tensor, dim: int) -> Tensor:

@@ -22,7 +22,7 @@ ELEMENTWISE = (
 SCANS = (
     "prod cumprod logcumsumexp nansum nanmean std_mean var_mean median nanmedian kthvalue mode quantile nanquantile "
     "aminmax diff trapezoid trapz cumulative_trapezoid corrcoef cov dist renorm cosine_similarity pairwise_distance "
-    "msort gradient cdist pdist"
+    "msort gradient"
 )
 MOVES = (
     "index_add index_copy index_fill index_put index_reduce put take masked_scatter scatter_reduce select_scatter "

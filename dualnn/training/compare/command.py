@@ -168,14 +168,14 @@ def _tune(experiment: Experiment, arms: Sequence[Arm], logs: Path) -> int:
 def _report(experiment: Experiment, results: Results) -> str:
     rows = [row(arm, results.arms[name]) for name, arm in experiment.arms.items() if name in results.arms]
     made = ", ".join(f"{name} {version}" for name, version in versions(experiment.threads).items())
-    head = f"## {experiment.name}" + ("" if experiment.mode == "full" else f" ({experiment.mode} version)")
+    head = f"# {experiment.name}" + ("" if experiment.mode == "full" else f" ({experiment.mode} version)")
     lines = verdict(rows, experiment.reference) + _same_input(experiment, results)
     return "\n\n".join(
         [
             head,
             *([experiment.question] if experiment.question else []),
             tables(experiment, rows),
-            "### Verdict\n\n" + "\n".join(f"- {text}" for text in lines),
+            "## Verdict\n\n" + "\n".join(f"- {text}" for text in lines),
             f"Made by `dualnn compare --config {experiment.file.as_posix()}"
             f"{' --fast' if experiment.mode == 'fast' else ''}` on {date.today().isoformat()}: {made}.\n",
         ]

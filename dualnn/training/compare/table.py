@@ -78,9 +78,9 @@ def tables(experiment: Experiment, rows: Sequence[Row]) -> str:
     estimated = [r for r in rows if r.arm.kind == "estimated"]
     parts = []
     if exact:
-        parts += ["### Exact signals (controls marked *)", table(exact)]
+        parts += ["## Exact signals (controls marked *)", table(exact)]
     if estimated:
-        parts += ["### Estimated signals", table(estimated)]
+        parts += ["## Estimated signals", table(estimated)]
     seeds = f"{len(experiment.seeds)} seeds" if len(experiment.seeds) > 1 else "one seed: no spread"
     notes = [
         f"Test accuracy: mean ± standard deviation over {seeds}. Seconds: training without validation, "

@@ -104,15 +104,20 @@ def _equal_memory(rows: Sequence[Row]) -> list[str]:
     for r in usable:
         if r.arm.kind != "estimated":
             continue
-        within = [other for other in usable if other.live_bytes <= r.live_bytes * _MEMORY]  # type: ignore[operator]
-        best = max(within, key=lambda other: other.score or 0.0)
-        if best is r:
-            lines.append(f"At {size(r.live_bytes)} of live tensors nothing here is more accurate than {r.arm.label}.")
+        memory = r.live_bytes or 0.0
+        others = [other for other in usable if other is not r and (other.live_bytes or 0.0) <= memory * _MEMORY]
+        better = [other for other in others if not tied(other, r) and (other.score or 0.0) > (r.score or 0.0)]
+        equal = [other for other in others if tied(other, r)]
+        at = f"At the memory of {r.arm.label} ({size(r.live_bytes)})"
+        if better:
+            best = max(better, key=lambda other: other.score or 0.0)
+            score = percent(best.score or 0.0, best.spread)
+            lines.append(f"{at}, {best.arm.label} is more accurate: {score} with {size(best.live_bytes)}.")
+        elif equal:
+            leanest = min(equal, key=lambda other: other.live_bytes or 0.0)
+            lines.append(f"{at}, {leanest.arm.label} is as accurate, with {size(leanest.live_bytes)}.")
         else:
-            lines.append(
-                f"At the memory of {r.arm.label} ({size(r.live_bytes)}), {best.arm.label} is more accurate: "
-                f"{percent(best.score or 0.0, best.spread)} with {size(best.live_bytes)}."
-            )
+            lines.append(f"{at}, nothing here is more accurate.")
     return lines
 
 
@@ -120,13 +125,16 @@ def _overall(rows: Sequence[Row], base: Row) -> list[str]:
     estimated = [r for r in rows if r.arm.kind == "estimated" and r.score is not None and not r.failure]
     if not estimated:
         return []
+    name = base.arm.label
     best = max(estimated, key=lambda r: r.score or 0.0)
-    if tied(best, base):
-        return [f"Overall: the best estimated signal, {best.arm.label}, equals {base.arm.label} within the spread."]
-    if (best.score or 0.0) > (base.score or 0.0):
-        return [f"Overall: the best estimated signal, {best.arm.label}, beats {base.arm.label}."]
-    gap = 100 * ((base.score or 0.0) - (best.score or 0.0))
-    return [
-        f"Overall: where the step can be backpropagated, {base.arm.label} wins: the best estimated signal, "
-        f"{best.arm.label}, stays {gap:.1f} points behind."
-    ]
+    if not tied(best, base) and (best.score or 0.0) < (base.score or 0.0):
+        gap = 100 * ((base.score or 0.0) - (best.score or 0.0))
+        return [
+            f"Overall: where the step can be backpropagated, {name} wins: the best estimated signal, {best.arm.label}, "
+            f"stays {gap:.1f} points behind."
+        ]
+    how = f"equals {name} within the spread" if tied(best, base) else f"beats {name} in accuracy"
+    costs = [(best.seconds, base.seconds, _TIME, _OF_SECONDS), (best.live_bytes, base.live_bytes, _MEMORY, _OF_MEMORY)]
+    dearer = [f"{a / b:.1f} x {what}" for a, b, equal, what in costs if a and b and a / b > equal]
+    price = f", for {' and '.join(dearer)}: {name} wins on cost" if dearer else ""
+    return [f"Overall: the best estimated signal, {best.arm.label}, {how}{price}."]

@@ -85,10 +85,10 @@ def test_the_report_has_two_tables_marks_controls_and_gives_a_verdict(finished):
     _, folder, out = finished
     report = (folder / "logs/small/RESULT.md").read_text()
     assert report in out
-    exact, estimated = report.split("### Estimated signals")
-    assert "| naive * " in exact and "| weights" in estimated.split("### Verdict")[0] and "| weights" not in exact
+    exact, estimated = report.split("## Estimated signals")
+    assert "| naive * " in exact and "| weights" in estimated.split("## Verdict")[0] and "| weights" not in exact
     assert "FAILED at step 1: loss nan, seed 0" in exact
-    verdict = report.split("### Verdict")[1]
+    verdict = report.split("## Verdict")[1]
     assert "plain reaches" in verdict
     assert "hybrid beside its control naive" in verdict and "It teaches" in verdict
     assert "broken: FAILED at step 1: loss nan, seed 0." in verdict

@@ -75,16 +75,22 @@ def test_a_control_is_measured_against_its_arm():
 def test_equal_memory_is_answered_for_every_estimated_arm():
     text = said(make("estimate", "estimated", score=0.9, live=1500.0), make("lean", score=0.97, live=1200.0))
     assert "At the memory of estimate (1.5 KiB), backprop is more accurate: 98.0 ± 0.2 % with 1000 B" in text
+    text = said(make("estimate", "estimated", live=1500.0), make("lean", score=0.981, live=800.0))
+    assert "At the memory of estimate (1.5 KiB), lean is as accurate, with 800 B." in text
     text = said(make("estimate", "estimated", score=0.9, live=500.0))
-    assert "At 500 B of live tensors nothing here is more accurate than estimate." in text
+    assert "At the memory of estimate (500 B), nothing here is more accurate." in text
 
 
 def test_overall():
     assert "backprop wins: the best estimated signal, b, stays 3.0 points behind" in said(
         make("a", "estimated", score=0.9), make("b", "estimated", score=0.95)
     )
-    assert "the best estimated signal, b, beats backprop" in said(make("b", "estimated", score=0.99))
-    assert "the best estimated signal, b, equals backprop" in said(make("b", "estimated"))
+    assert "the best estimated signal, b, beats backprop in accuracy." in said(make("b", "estimated", score=0.99))
+    assert "the best estimated signal, b, equals backprop within the spread." in said(make("b", "estimated"))
+    dear = make("b", "estimated", seconds=6.0, live=4000.0)
+    assert "within the spread, for 3.0 x of the seconds and 4.0 x of the live bytes: backprop wins on cost" in said(
+        dear
+    )
     assert "Overall" not in said(make("b"))
 
 
