@@ -95,6 +95,8 @@ binary("hypot", lambda a, b, y: a / y, lambda a, b, y: b / y, low=0.3, singular=
 binary("logaddexp", lambda a, b, y: torch.exp(a - y), lambda a, b, y: torch.exp(b - y))
 binary("xlogy", lambda a, b, y: torch.log(b), lambda a, b, y: a / b, low=0.3, singular=True)
 binary("remainder", lambda a, b, y: 1.0, lambda a, b, y: -torch.floor(a / b), low=0.6, high=0.9, also=[Tensor.__mod__])
+# Not torch's own: its derivative for integer exponents is zero below 0 on some releases (2.0 ** -3 in integers).
+binary("ldexp", lambda a, b, y: torch.exp2(torch.as_tensor(b, dtype=y.dtype)), lambda a, b, y: y * math.log(2))
 binary("copysign", lambda a, b, y: torch.sign(a) * torch.sign(y), lambda a, b, y: 0.0, low=0.2)
 
 

@@ -260,3 +260,20 @@ def _extreme_values(name: str) -> None:
 
 _extreme_values("amax")
 _extreme_values("amin")
+
+
+def _aminmax(func: Callable, args: tuple, kwargs: dict) -> Any:
+    x, call, kwargs = first(func, args, kwargs)
+    named = dict(zip(("dim", "keepdim"), call, strict=False)) | kwargs
+    dim = named.get("dim")
+    reduced, keep = () if dim is None else dim, named.get("keepdim", False)
+    return torch.return_types.aminmax((torch.amin(x, reduced, keep), torch.amax(x, reduced, keep)))
+
+
+register(
+    *spellings("aminmax"),
+    rule=_aminmax,
+    spec=OpSpec(
+        "aminmax", torch.aminmax, lambda rand: [Sample((rand(2, 3),), {"dim": 1}), Sample((rand(3),))], reverse=False
+    ),
+)

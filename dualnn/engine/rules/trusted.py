@@ -16,12 +16,12 @@ from dualnn.engine.registry import RULES, register
 
 # Found in torch, torch.Tensor, torch.special, torch.nn.functional's kernels and torch.linalg under these names.
 ELEMENTWISE = (
-    "entr i0 i0e i1 i1e xlog1py logaddexp2 mvlgamma multigammaln fmod ldexp frexp nextafter prelu glu angle polar "
+    "entr i0 i0e i1 i1e xlog1py logaddexp2 mvlgamma multigammaln fmod frexp nextafter prelu glu angle polar "
     "complex real imag conj conj_physical view_as_complex view_as_real fill"
 )
 SCANS = (
     "prod cumprod logcumsumexp nansum nanmean std_mean var_mean median nanmedian kthvalue mode quantile nanquantile "
-    "aminmax diff trapezoid trapz cumulative_trapezoid corrcoef cov dist renorm cosine_similarity pairwise_distance "
+    "diff trapezoid trapz cumulative_trapezoid corrcoef cov dist renorm cosine_similarity pairwise_distance "
     "msort gradient"
 )
 MOVES = (
