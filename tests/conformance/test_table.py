@@ -109,7 +109,7 @@ def test_a_rerun_agrees_with_the_committed_table(name):
 
 
 @TABLED
-@pytest.mark.slow
+@pytest.mark.sweep  # many minutes, and a table for exactly this torch: run it after `dualnn conformance --write`
 @pytest.mark.parametrize("kind", ["ops", "complex", "modules", "boundary"])
 def test_a_full_rerun_agrees_with_the_committed_table(kind):
     kept = read(committed(kind))
