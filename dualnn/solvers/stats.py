@@ -1,0 +1,98 @@
+"""What a solver reports: `Stats`, and what happens to samples that it could not solve."""
+
+from __future__ import annotations
+
+import enum
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualnn.engine.errors import ConvergenceError, unknown_name
+from dualnn.solvers.line_search import over
+
+OnFailure = Literal["raise", "nan", "last"]
+ON_FAILURE = ("raise", "nan", "last")
+
+
+class Status(enum.IntEnum):
+    """How the search for one sample's solution stands, or ended."""
+
+    RUNNING = 0
+    CONVERGED = 1
+    MAX_STEPS = 2
+    SINGULAR = 3
+    STALLED = 4
+    NONFINITE = 5
+
+
+REASONS = {
+    Status.MAX_STEPS: ("did not converge in max_steps", "raise max_steps or tol, or start nearer"),
+    Status.SINGULAR: (
+        "met a singular Jacobian",
+        "start elsewhere, or check that the equations determine every unknown (as many equations, none repeated)",
+    ),
+    Status.STALLED: (
+        "stopped making progress",
+        "the tolerance may be below what rounding in this dtype allows (raise tol, or use float64), or no solution may "
+        "lie downhill (start elsewhere)",
+    ),
+    Status.NONFINITE: (
+        "started where the function is nan or infinite",
+        "start inside its domain, and check the arguments",
+    ),
+}
+
+
+class Stats(NamedTuple):
+    """The course of one call, sample by sample.
+
+    Attributes:
+        iterations: Steps until the sample was done, ``batch``-shaped.
+        residual: Largest entry of the sample's final residual (for a minimum: of the gradient).
+        status: `Status` codes.
+        evaluations: Evaluations of the function on the whole batch.
+        jacobians: Jacobians formed and factorised, on the whole batch.
+    """
+
+    iterations: Tensor
+    residual: Tensor
+    status: Tensor
+    evaluations: int
+    jacobians: int
+
+    @property
+    def converged(self) -> Tensor:
+        """Which samples are solved."""
+        return self.status == Status.CONVERGED
+
+
+def check_on_failure(on_failure: str) -> None:
+    """Raise for a misspelt choice."""
+    if on_failure not in ON_FAILURE:
+        raise unknown_name("on_failure", on_failure, ON_FAILURE)
+
+
+def settle(x: Tensor, stats: Stats, on_failure: OnFailure, what: str, tol: float) -> Tensor:
+    """Raise for unsolved samples, or mark them, or leave them, as the caller chose."""
+    if bool(stats.converged.all()):
+        return x
+    if on_failure == "raise":
+        raise ConvergenceError(failure(stats, what, tol))
+    if on_failure == "nan":
+        return torch.where(over(stats.converged, x), x, torch.nan)
+    return x
+
+
+def failure(stats: Stats, what: str, tol: float) -> str:
+    """Which samples failed, why, with what residual, and what to do."""
+    status, residual = stats.status.reshape(-1), stats.residual.reshape(-1)
+    total = status.numel()
+    lines: list[str] = []
+    for code, (why, cure) in REASONS.items():
+        where = torch.nonzero(status == code).flatten().tolist()
+        if where:
+            who = "the system" if total == 1 else f"{len(where)} of {total} samples (first: {where[:8]})"
+            worst = float(residual[where].max())
+            lines.append(f"{who} {why}; largest residual {worst:.3g}, tolerance {tol:.3g}: {cure}.")
+    return f"{what}: " + " ".join(lines) + " on_failure='nan' or 'last' returns the other samples' results."
