@@ -21,7 +21,7 @@ def residual(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def solve(x: Tensor, a: Tensor, b: Tensor, tol: float | None = None, max_steps: int = 100) -> Tensor:
-    """The y with residual(y, x, a, b) = 0, by damped Newton: value only, in place, data-dependent stop.
+    """The y with residual(y, x, a, b) = 0, by Newton: value only, in place, data-dependent stop.
 
     Args:
         x: Right-hand side.
@@ -56,7 +56,17 @@ def solve(x: Tensor, a: Tensor, b: Tensor, tol: float | None = None, max_steps: 
         # sech^2 by cosh would overflow; (1 - t)(1 + t) loses digits only where it is negligible beside 1.
         return y + at - x, 1 + a * b * (1 - t) * (1 + t), y.abs() + at.abs() + x.abs()
 
-    return increasing_root(evaluate, x - reach, x + reach, start, tol, max_steps, name="implicit_tanh")
+    one, ab = torch.ones((), dtype=x.dtype, device=x.device), a * b
+    t, slope = torch.empty_like(start), torch.empty_like(start)
+
+    def newton(y: Tensor) -> None:
+        torch.mul(b, y, out=t).tanh_()
+        # 1 - t^2 >= 0 in floating point too, so the slope stays above min(1, 1 + a b) > 0.
+        torch.addcmul(one, t, t, value=-1, out=slope)
+        torch.addcmul(one, slope, ab, out=slope)
+        y.addcdiv_(t.mul_(a).add_(y).sub_(x), slope, value=-1)
+
+    return increasing_root(evaluate, x - reach, x + reach, start, tol, max_steps, "implicit_tanh", newton)
 
 
 def parametrise(raw_product: Tensor, raw_slope: Tensor, margin: float) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,9 @@ from dualnn.engine.errors import ConvergenceError, DualInputError
 #: terms, one of them a transcendental function good to about an ulp, cannot do better than this.
 ROUNDING = 4.0
 
+#: Plain Newton steps between two looks at the residual, and how many of them before the bracket takes over.
+ROUND, PLAIN_STEPS = 4, 12
+
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -28,6 +31,7 @@ def increasing_root(
     tol: float | None = None,
     max_steps: int = 100,
     name: str = "increasing_root",
+    newton: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Solve f(y) = 0 for every entry, f increasing with a root in [lower, upper].
 
@@ -35,6 +39,10 @@ def increasing_root(
     otherwise the bracket is bisected, so that no start can make it fail. An entry whose residual is down to
     rounding is frozen. Entries whose residual is NaN (a NaN input, an infinite one) keep their start and stop
     nobody else.
+
+    The bracket costs several times a Newton step. Where plain Newton is known to climb or fall monotonically to the
+    root, `newton` runs first, and the bracket only has the last word: it judges the result and repairs what plain steps
+    left unsolved.
 
     Args:
         evaluate: y -> (f, f', size), size the sum of the absolute values of f's terms (the scale of its rounding).
@@ -45,6 +53,7 @@ def increasing_root(
             `max_steps` steps run, and no error is raised.
         max_steps: Number of steps after which to give up.
         name: What to call the solver in an error.
+        newton: Overwrites y by y - f / f', in place; only for an f whose Newton steps from `start` are monotone.
 
     Shape:
         lower, upper, start: (*) -> y: (*).
@@ -65,7 +74,19 @@ def increasing_root(
     frozen = max(goal, floor)
     y, lower, upper = start.clone(), lower.clone(), upper.clone()
     last = torch.full_like(y, torch.inf)
-    for _ in range(max_steps):
+    taken = 0
+    if newton is not None:
+        # At least one step is left to the bracket; with tol = 0 nothing is looked at on the way.
+        plain = max_steps - 1 if goal == 0 else min(max_steps - 1, PLAIN_STEPS)
+        while taken < plain:
+            for _ in range(min(ROUND, plain - taken)):
+                newton(y)
+                taken += 1
+            if goal > 0 and _solved(evaluate, y, frozen):
+                break
+        # Infinite inputs have no Newton step, and a point outside would spoil the bracket: back to their start.
+        torch.where((y >= lower) & (y <= upper), y, start, out=y)
+    for _ in range(max_steps - taken):
         f, slope, size = evaluate(y)
         unsolved = f.abs() > frozen * size  # False for NaN
         if goal > 0 and not bool(unsolved.any()):
@@ -90,3 +111,9 @@ def increasing_root(
                 "Raise max_steps, loosen tol, or compute in float64."
             )
     return y
+
+
+def _solved(evaluate: Evaluate, y: Tensor, frozen: float) -> bool:
+    """Whether every residual is down to the tolerance (a NaN counts as solved, as in the bracketed steps)."""
+    f, _, size = evaluate(y)
+    return not bool((f.abs_() > size.mul_(frozen)).any())

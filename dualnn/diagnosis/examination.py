@@ -186,6 +186,10 @@ class _Examination:
             text = f"{why.cause}. Nothing that is trained lies before it, so nothing is lost"
             self._add(path, Verdict("unneeded", []), dataclasses.replace(why, cause=text), Plan("", ""), names)
             return True
+        if verdict.kind in ("wrong", "cut") and getattr(self.parts[path], "estimates", False):
+            text = "its gradient is a random estimate on purpose, which differences cannot judge in a single draw"
+            self._add(path, Verdict("unexamined", []), Explanation(text), Plan("", ""), names)
+            return True
         if verdict.kind == "wrong" and why.reason in ("no_grad", "detach") and not why.place.file:
             return False  # torch's own module stops a part of the gradient on purpose (spectral_norm)
         chosen = plan(replay, which, verdict, why, path)
@@ -204,6 +208,7 @@ class _Examination:
                 remedy=chosen.remedy,
                 cost=chosen.cost,
                 swap=chosen.swap,
+                tangents=chosen.tangents,
                 path=path,
                 op=why.op,
                 leaves=leaves,

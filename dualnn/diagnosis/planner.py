@@ -9,13 +9,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dualnn.diagnosis.estimate import TANGENTS, estimated_numbers
 from dualnn.diagnosis.explain import Explanation
 from dualnn.diagnosis.replay import Replay
 from dualnn.diagnosis.report import Swap
 from dualnn.diagnosis.rewriting import rewritten, source
 from dualnn.diagnosis.stand_in import black_box, smoothed, surrogate
 from dualnn.diagnosis.verdict import JITTER, Judge, Verdict, inner
-from dualnn.layers import local
+from dualnn.engine.errors import StructureError
+from dualnn.layers.local import LocalCall
 from dualnn.layers.local_swap import LocalForward
 
 #: Inputs and parameters up to which a dense Jacobian (one tangent for each number) is proposed.
@@ -27,20 +29,22 @@ NOTHING = "nothing: the line is as fast as before"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One line of code, what it costs, and how local duals can take the module's place."""
+    """One line of code, what it costs, how local duals can take the module's place, and K of an estimate by them."""
 
     remedy: str
     cost: str
     swap: Swap | None = None
+    tangents: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """How local duals did in the module's place: the structure that held, or why they cannot."""
+    """How local duals did in the module's place: the structure that held, or why they cannot (too wide for one?)."""
 
     structure: str | None
     cost: str = ""
     reason: str = ""
+    wide: bool = False
 
 
 def plan(replay: Replay, which: Sequence[int], verdict: Verdict, why: Explanation, path: str) -> Plan:
@@ -66,15 +70,32 @@ def plan(replay: Replay, which: Sequence[int], verdict: Verdict, why: Explanatio
         return Plan(swap_line(path, trial), trial.cost, swap)
     if found := black_box(replay, path, lambda: _right(replay, which, verdict)):
         return Plan(found.code, found.cost)
+    if trial.wide and (numbers := estimated_numbers(replay, which)):
+        return _estimate(path, numbers)
     return Plan(_by_hand(verdict, why), f"none at run time; local duals cannot take this over: {trial.reason}")
 
 
 def swap_line(path: str, trial: Trial) -> str:
     """The line that lets a submodule (or the whole module) run on duals inside backprop."""
-    structure = "" if trial.structure == "auto" else f", structure={trial.structure!r}"
+    return _line(path, "" if trial.structure == "auto" else f", structure={trial.structure!r}")
+
+
+def _line(path: str, options: str) -> str:
     if not path:
-        return f"model = dn.layers.Dual(model{structure})"
-    return f"dn.layers.swap_forward(model, [{path!r}]{structure})"
+        return f"model = dn.layers.Dual(model{options})"
+    return f"dn.layers.swap_forward(model, [{path!r}]{options})"
+
+
+def _estimate(path: str, numbers: int) -> Plan:
+    return Plan(
+        _line(path, f", structure='random', tangents={TANGENTS}"),
+        f"an unbiased estimate: one dual pass with K = {TANGENTS} random tangents, about {1 + TANGENTS} forward passes "
+        f"of this module; its relative variance is about (n + 1) / K = {(numbers + 1) / TANGENTS:.3g}, with n = "
+        f"{numbers} numbers in its parameters and inputs (of one sample, where samples do not mix). A smaller module, "
+        "or one whose samples or entries do not mix, is exact",
+        "estimate",
+        TANGENTS,
+    )
 
 
 def try_duals(replay: Replay, which: Sequence[int], verdict: Verdict, dense: int = DENSE) -> Trial:
@@ -82,22 +103,18 @@ def try_duals(replay: Replay, which: Sequence[int], verdict: Verdict, dense: int
     if replay.method != "forward":
         return Trial(None, reason="only a module's forward can be taken over: move the code into a submodule")
     total = sum(leaf.base.numel() for leaf in replay.leaves)
-    names = [n for n in local.STRUCTURES if n not in ("auto", "dense", "random")]
-    reason = ""
-    for structure in ["auto"] if total <= dense else names:  # auto tries them all
-        forward = LocalForward(replay.module, structure)
-        try:
-            with replay.patched(forward):
-                if not _right(replay, which, verdict):
-                    reason = reason or "their gradient does not equal differences either"
-                    continue
-        except Exception as error:
-            text = " ".join(str(error).split()).split(". ")[0]
-            reason = reason or f"{type(error).__name__}: {text}"
-            continue
-        found = forward.local.chosen or structure
-        return Trial(structure, _cost(found, replay, total))
-    return Trial(None, reason=reason)
+    forward = LocalForward(replay.module, LocalCall("auto", dense_limit=dense))
+    try:
+        with replay.patched(forward):
+            if not _right(replay, which, verdict):
+                return Trial(None, reason="their gradient does not equal differences either")
+    except Exception as error:
+        text = " ".join(str(error).split()).split(". ")[0]
+        wide = isinstance(error, StructureError) and total > dense
+        return Trial(None, reason=f"{type(error).__name__}: {text}", wide=wide)
+    found = forward.local.chosen or "auto"
+    # Said where the probe has shown more than that auto would find it again at any size.
+    return Trial("block" if found == "block" else "auto", _cost(found, replay, total))
 
 
 def _right(replay: Replay, which: Sequence[int], verdict: Verdict) -> bool:

@@ -47,6 +47,7 @@ class Finding:
         path: The name as ``named_modules`` spells it, for code.
         op: The operation to blame, where one is known.
         leaves: The parameters and inputs whose derivative fails.
+        tangents: K of the random local tangents that estimate what has no exact remedy (its variance is in `cost`).
     """
 
     name: str
@@ -59,6 +60,7 @@ class Finding:
     path: str = ""
     op: str = ""
     leaves: tuple[str, ...] = ()
+    tangents: int | None = None
 
     @property
     def information(self) -> bool:
@@ -94,6 +96,12 @@ class Report:
     def where(self) -> list[str]:
         """Submodules that exact local duals can take over: ``DualPropagation(where=report.where)``."""
         return list(dict.fromkeys(f.path for f in self.failures if f.swap == "exact" and f.path))
+
+    @property
+    def estimates(self) -> dict[str, int]:
+        """Submodules of which random local tangents can only estimate the gradient, and how many."""
+        found = {f.path: f.tangents for f in self.failures if f.path and f.tangents is not None}
+        return {path: k for path, k in found.items() if path not in self.where}
 
     def __str__(self) -> str:
         """A table: one block for each finding."""

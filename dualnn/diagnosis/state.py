@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,34 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualnn.engine.snapshot import RandomStates
+from dualnn.layers.local import LocalCall
+from dualnn.layers.local_swap import LocalForward
+
 _CONTAINERS = (dict, list, set, deque)
-
-
-class RandomStates:
-    """The states of the global generators of torch (CPU, and CUDA where it is in use), numpy and Python."""
-
-    def __init__(self) -> None:
-        self.torch = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-        self.python = random.getstate()
-        numpy = sys.modules.get("numpy")
-        self.numpy = None if numpy is None else numpy.random.get_state()
-
-    def restore(self) -> None:
-        """Put all of them back."""
-        torch.set_rng_state(self.torch)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state_all(self.cuda)
-        random.setstate(self.python)
-        if self.numpy is not None:
-            sys.modules["numpy"].random.set_state(self.numpy)
 
 
 class ModuleState:
     """Attributes (counters, caches, hooks, training mode), buffers, parameters and ``.grad`` of a module and its parts.
 
-    Containers among the attributes are kept one level deep. A tensor is written back only if its numbers changed, so
-    that an untouched one keeps its version counter.
+    Containers among the attributes are kept one level deep, and so is what a local dual counts. A tensor is written
+    back only if its numbers changed, so that an untouched one keeps its version counter.
 
     Args:
         module: The module.
@@ -48,6 +30,11 @@ class ModuleState:
 
     def __init__(self, module: nn.Module, parameters: bool = True) -> None:
         self.modules = [(sub, dict(sub.__dict__)) for sub in module.modules()]
+        held = [value for _, attributes in self.modules for value in attributes.values()]
+        calls = [value.local if isinstance(value, LocalForward) else value for value in held]
+        self.calls = [
+            (call, {**vars(call), "_plans": dict(call._plans)}) for call in calls if isinstance(call, LocalCall)
+        ]
         self.containers: dict[int, tuple[Any, Any]] = {}
         tensors: dict[int, Tensor] = {}
         for _, attributes in self.modules:
@@ -71,6 +58,9 @@ class ModuleState:
             if sub.__dict__.keys() != attributes.keys() or any(sub.__dict__[k] is not v for k, v in attributes.items()):
                 sub.__dict__.clear()
                 sub.__dict__.update(attributes)
+        for call, counted in self.calls:
+            vars(call).clear()
+            vars(call).update({**counted, "_plans": dict(counted["_plans"])})
         for value, before in self.containers.values():
             _refill(value, before)
         with torch.no_grad():
@@ -113,3 +103,6 @@ def untouched(module: nn.Module) -> Iterator[None]:
     finally:
         state.restore()
         random_states.restore()
+
+
+__all__ = ["ModuleState", "RandomStates", "untouched"]

@@ -3,7 +3,8 @@
 The theory is in ``THEORY.md`` beside this file.
 """
 
-from dualnn.engine import fallback, rules
+from dualnn.engine import rules
+from dualnn.engine.compiling import compile
 from dualnn.engine.custom import custom_dual
 from dualnn.engine.dual_tensor import DualTensor, dual
 from dualnn.engine.errors import (
@@ -31,9 +32,9 @@ __all__ = [
     "TangentLostError",
     "UnknownNameError",
     "UnsupportedOpError",
+    "compile",
     "custom_dual",
     "dual",
-    "fallback",
     "gradcheck",
     "hessian",
     "hvp",

@@ -155,8 +155,8 @@ def slopes(
     # Arguments that are not asked about are duals too (structural zeros): the function may write into their copies.
     tangents: list[Tangent | None] = [Zero(len(where)) if i in floats(args) else None for i in range(len(args))]
     for k, i in enumerate(where):
-        one = torch.ones((), dtype=args[i].dtype, device=args[i].device)
-        tangents[i] = Separate(len(where), {k: one}, args[i].shape)
+        zero = torch.zeros((), dtype=args[i].dtype, device=args[i].device)
+        tangents[i] = Separate(len(where), {k: 1.0}, args[i].shape, zero)
     y, tan = push(fn, args, tangents)
     shape = torch.broadcast_shapes(*(args[i].shape for i in floats(args)))
     if not isinstance(y, Tensor) or y.shape != shape:
@@ -173,8 +173,7 @@ def slopes(
             )
         return y, [torch.zeros_like(y) for _ in where]
     if isinstance(tan, Separate):
-        none = torch.zeros((), dtype=y.dtype, device=y.device)
-        return y, [tan.parts.get(k, none).expand(shape) for k in range(len(where))]
+        return y, [tan.part(k) for k in range(len(where))]
     return y, list(tan.dense().unbind(0))
 
 
@@ -239,20 +238,16 @@ class _Elementwise(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:  # noqa: D102
-        local, *args = inputs
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        ctx.local, ctx.count = local, len(tensors)
-        ctx.constants = [None if isinstance(a, Tensor) else (a,) for a in args]
+        ctx.local, *args = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*tensors, *output)
-        ctx.save_for_forward(*tensors, *output)
+        save(ctx, args, *output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # noqa: D102
-        args, y, kept = _saved(ctx)
+        args, (y, *kept) = saved(ctx)
         # Grad mode is on exactly when this backward is differentiated again (create_graph, torch.func).
         higher = torch.is_grad_enabled()
-        partials = ctx.local.partials(y, *args) if higher else ctx.local.kept_partials(y, kept, *args)
+        partials = ctx.local.partials(y, *args) if higher else ctx.local.kept_partials(y, tuple(kept), *args)
         out: list[Tensor | None] = [None] * len(args)
         for i, p in zip(floats(args), partials, strict=True):
             if ctx.needs_input_grad[i + 1]:
@@ -261,7 +256,7 @@ class _Elementwise(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
-        args, y, kept = _saved(ctx)
+        args, (y, *kept) = saved(ctx)
         partials = dict(zip(floats(args), ctx.local.partials(y, *args), strict=True))
         terms = [partials[i] * t for i, t in enumerate(tangents) if t is not None and i in partials]
         return sum(terms[1:], terms[0]).expand(y.shape), *[None] * len(kept)
@@ -279,12 +274,19 @@ class _Elementwise(torch.autograd.Function):
         return out, tuple(0 for _ in out)
 
 
-def _saved(ctx: Any) -> tuple[list[Any], Tensor, tuple[Tensor, ...]]:
-    """Arguments in their places, the value, and what was kept."""
+def save(ctx: Any, args: Sequence[Any], *more: Tensor) -> None:
+    """Keep a custom Function's arguments (tensors and others) and further tensors, for backward and jvp."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    ctx.constants = [None if isinstance(a, Tensor) else (a,) for a in args]
+    ctx.save_for_backward(*tensors, *more)
+    ctx.save_for_forward(*tensors, *more)
+
+
+def saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
+    """What `save` kept: the arguments in their places, and the further tensors."""
     tensors = iter(ctx.saved_tensors)
     args = [next(tensors) if c is None else c[0] for c in ctx.constants]
-    y, *kept = tensors
-    return args, y, tuple(kept)
+    return args, tuple(tensors)
 
 
-__all__ = ["ClosedForm", "Equation", "Local", "Opaque", "elementwise", "floats", "slopes"]
+__all__ = ["ClosedForm", "Equation", "Local", "Opaque", "elementwise", "floats", "save", "saved", "slopes"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dualnn.engine.bridge import floats, refuse_nested_jvp
+from dualnn.engine.bridge import floats, refuse_nested_jvp, save, saved
 from dualnn.engine.dual_tensor import count, make, seed, split, top_level
 from dualnn.engine.errors import StructureError, TangentLostError
 from dualnn.engine.tangents import Tangent, Zero
@@ -102,7 +102,8 @@ def _is_float(x: Any) -> bool:
 
 def _value_and_columns(
     fn: Callable, layout: Layout, args: Sequence[Any]
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], bool]:
+    """Outputs, their columns, and whether no operation connects them (columns of zeros may be a flat spot)."""
     where = floats(args)
     widths = [layout.columns(i, args[i]) for i in where]
     total = sum(widths)
@@ -122,7 +123,8 @@ def _value_and_columns(
                     f"a block function must keep the batch axes {tuple(shape)}, it returned {tuple(y.shape)}"
                 )
     columns = [dense_of(t, y) for t, y in zip(pushed, out, strict=True)]
-    return out, tuple(c.movedim(0, layout.batch) for c in columns)  # type: ignore[union-attr]
+    lost = all(t is None or t.is_zero for t in pushed)
+    return out, tuple(c.movedim(0, layout.batch) for c in columns), lost  # type: ignore[union-attr]
 
 
 def dense(fn: Callable, *args: Any) -> Any:
@@ -217,9 +219,8 @@ class _Columns(torch.autograd.Function):
     @staticmethod
     def forward(flat: Callable, layout: Layout, strict: bool, *args: Any) -> tuple[Tensor, ...]:  # noqa: D102
         with torch.no_grad():
-            values, columns = _value_and_columns(flat, layout, args)
-        lost = not any(bool(c.any()) for c in columns) and any(c.numel() for c in columns)
-        if strict and lost:
+            values, columns, lost = _value_and_columns(flat, layout, args)
+        if strict and lost and any(c.numel() for c in columns):
             raise TangentLostError(
                 "the function's outputs do not depend on its inputs by differentiable operations (a constant, or cut "
                 "by .detach(), .item() or .numpy())"
@@ -230,18 +231,13 @@ class _Columns(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:  # noqa: D102
         flat, layout, _, *args = inputs
         half = len(output) // 2
-        tensors = [a for a in args if isinstance(a, Tensor)]
         ctx.flat, ctx.layout = flat, layout
-        ctx.constants = [None if isinstance(a, Tensor) else (a,) for a in args]
         ctx.mark_non_differentiable(*output[half:])
-        ctx.save_for_backward(*tensors, *output[half:])
-        ctx.save_for_forward(*tensors, *output[half:])
+        save(ctx, args, *output[half:])
 
     @staticmethod
     def _pieces(ctx: Any, higher: bool) -> tuple[list[Any], Sequence[Tensor]]:
-        tensors = iter(ctx.saved_tensors)
-        args = [next(tensors) if c is None else c[0] for c in ctx.constants]
-        kept = list(tensors)
+        args, kept = saved(ctx)
         return args, _apply(_Jacobian(ctx.flat, ctx.layout), ctx.layout, args) if higher else kept
 
     @staticmethod

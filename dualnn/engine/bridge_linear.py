@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dualnn.engine.bridge import floats, refuse_nested_jvp
+from dualnn.engine.bridge import floats, refuse_nested_jvp, save, saved
 from dualnn.engine.dual_tensor import count, make, split, top_level
 from dualnn.engine.errors import DualInputError, DualShapeError, StructureError, UnsupportedOpError
 from dualnn.engine.tangents import Dense, PerSample, Tangent, Zero
@@ -175,19 +175,16 @@ class _LinearNode(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:  # noqa: D102
         rule, *args = inputs
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        ctx.rule, ctx.count = rule, len(output)
-        ctx.constants = [None if isinstance(a, Tensor) else (a,) for a in args]
+        ctx.rule = rule
         ctx.mark_non_differentiable(*(y for y in output if not is_float(y)))
-        ctx.save_for_backward(*tensors, *output)
-        ctx.save_for_forward(*tensors, *output)
+        save(ctx, args, *output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        args, saved = _saved(ctx)
+        args, values = saved(ctx)
         wanted = [i for i in floats(args) if ctx.needs_input_grad[i + 1]]
         out: list[Tensor | None] = [None] * len(args)
-        pulled = ctx.rule.pull(tuple(args), grads, saved, wanted)
+        pulled = ctx.rule.pull(tuple(args), grads, values, wanted)
         for i, g in zip(wanted, pulled, strict=True):
             if g.shape != args[i].shape:
                 raise DualShapeError(
@@ -199,12 +196,12 @@ class _LinearNode(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
-        args, saved = _saved(ctx)
+        args, values = saved(ctx)
         seeds = tuple(None if t is None else t.unsqueeze(0) for t in tangents)
-        pushed = checked_push(ctx.rule, tuple(args), seeds, saved, 1)
+        pushed = checked_push(ctx.rule, tuple(args), seeds, values, 1)
         return tuple(
             t[0].to(y.dtype) if t is not None else torch.zeros_like(y) if is_float(y) else None
-            for t, y in zip(pushed, saved, strict=True)
+            for t, y in zip(pushed, values, strict=True)
         )
 
     @staticmethod
@@ -225,13 +222,6 @@ class _LinearNode(torch.autograd.Function):
                 rows.append(_LinearNode.apply(rule, *one))  # type: ignore[no-untyped-call]
             out = tuple(torch.stack(column) for column in zip(*rows, strict=True))
         return out, tuple(0 for _ in out)
-
-
-def _saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
-    """Arguments in their places, and the outputs."""
-    tensors = iter(ctx.saved_tensors)
-    args = [next(tensors) if c is None else c[0] for c in ctx.constants]
-    return args, tuple(tensors)
 
 
 __all__ = ["Linear", "Once", "is_float", "linear", "untouched"]

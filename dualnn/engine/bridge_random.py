@@ -10,17 +10,18 @@ mix), not the network's. The forward mode is exact: J v is pushed as it is.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualnn.engine.bridge import floats, refuse_nested_jvp
+from dualnn.engine.bridge import floats, refuse_nested_jvp, save, saved
 from dualnn.engine.bridge_columns import Flat, Layout
-from dualnn.engine.directions import Directions
+from dualnn.engine.directions import Directions, mixed
 from dualnn.engine.dual_tensor import seed, top_level
-from dualnn.engine.errors import UnsupportedOpError
+from dualnn.engine.errors import TangentLostError, UnsupportedOpError
 from dualnn.engine.tangents import Dense, Tangent
 from dualnn.engine.transforms import dense_of, push
 
@@ -39,6 +40,7 @@ def estimated(fn: Callable, layout: Layout, directions: Directions, *args: Any) 
         The result of ``fn``. DualTensors and ``torch.func.jvp`` are pushed exactly.
 
     Raises:
+        TangentLostError: No output depends on the arguments.
         UnsupportedOpError: At a second derivative: the estimate is not a derivative of anything.
 
     Example:
@@ -54,7 +56,24 @@ def estimated(fn: Callable, layout: Layout, directions: Directions, *args: Any) 
     refuse_nested_jvp()
     flat = Flat(fn)
     out = _Estimated.apply(flat, layout, directions, *args)  # type: ignore[no-untyped-call]
-    return flat.rebuild(out[: len(out) // 2])
+    return flat.rebuild(out[: len(out) // 2])  # then as many pushed directions, and the key
+
+
+def keys_before(tensors: Sequence[Any]) -> set[int]:
+    """The keys of the estimates in the graph that made ``tensors``.
+
+    The gradient through two estimates in a row is unbiased only if their directions are independent.
+    """
+    ahead = [t.grad_fn for t in tensors if isinstance(t, Tensor) and t.grad_fn is not None]
+    seen, keys = set(ahead), set()
+    while ahead:
+        node: Any = ahead.pop()
+        if isinstance(node, _Estimated._backward_cls):  # type: ignore[attr-defined]
+            keys.add(node.directions.key)  # type: ignore[attr-defined]
+        new = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= new
+        ahead += new
+    return keys
 
 
 class _Estimated(torch.autograd.Function):
@@ -67,24 +86,28 @@ class _Estimated(torch.autograd.Function):
             seeds[i] = Dense(directions.draw(i, 0, tuple(args[i].shape), args[i]))
         with torch.no_grad():
             values, pushed = push(flat, args, seeds)
+        if all(t is None or t.is_zero for t in pushed) and any(v.numel() for v in values):
+            raise TangentLostError(
+                "the function's outputs do not depend on its inputs by differentiable operations (a constant, or cut "
+                "by .detach(), .item() or .numpy())"
+            )
         kept = [dense_of(t, y) for t, y in zip(pushed, values, strict=True)]
-        return (*(v.clone() if any(v is a for a in args) else v for v in values), *kept)  # type: ignore[arg-type]
+        # The key stays with what it pushed: checkpointing recomputes both, with another key, and vmap has one a row.
+        key = torch.tensor(directions.key, dtype=torch.int64, device="cpu")
+        return (*(v.clone() if any(v is a for a in args) else v for v in values), *kept, key)  # type: ignore[arg-type]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:  # noqa: D102
         flat, layout, directions, *args = inputs
         half = len(output) // 2
-        tensors = [a for a in args if isinstance(a, Tensor)]
         ctx.flat, ctx.layout, ctx.directions = flat, layout, directions
-        ctx.constants = [None if isinstance(a, Tensor) else (a,) for a in args]
         ctx.mark_non_differentiable(*output[half:])
-        ctx.save_for_backward(*tensors, *output[half:])
-        ctx.save_for_forward(*tensors, *output[half:])
+        save(ctx, args, *output[half:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        args, pushed, key = _saved(ctx)
         layout, directions = ctx.layout, ctx.directions
-        args, pushed = _saved(ctx)
         slopes: Any = 0  # (K, *batch): the loss along each direction, sample by sample
         for g, t in zip(grads, pushed, strict=False):
             product = t * g
@@ -92,7 +115,7 @@ class _Estimated(torch.autograd.Function):
         out: list[Tensor | None] = [None] * len(args)
         for i in floats(args):
             if ctx.needs_input_grad[i + 3]:
-                u = directions.draw(i, 0, tuple(args[i].shape), args[i])
+                u = _Drawn.apply(directions, i, key, args[i])  # type: ignore[no-untyped-call]
                 weights = slopes * directions.weight
                 if i in layout.batched:
                     weights = weights.reshape(*weights.shape, *(1,) * (args[i].dim() - layout.batch))
@@ -105,10 +128,48 @@ class _Estimated(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:  # noqa: D102
-        args, pushed = _saved(ctx)
+        args, pushed, _ = _saved(ctx)
         seeds = [None if t is None else seed(t.unsqueeze(0)) for t in tangents[3:]]
         values, out = push(ctx.flat, args, seeds)
-        return *[dense_of(t, y)[0] for t, y in zip(out, values, strict=True)], *[None] * len(pushed)  # type: ignore[index]
+        return *[dense_of(t, y)[0] for t, y in zip(out, values, strict=True)], *[None] * (len(pushed) + 1)  # type: ignore[index]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, flat: Callable, layout: Layout, directions: Directions, *args: Any) -> Any:  # noqa: D102
+        rows = []
+        for b in range(info.batch_size):
+            one = [a if d is None else a.select(d, b) for a, d in zip(args, in_dims[3:], strict=True)]
+            own = dataclasses.replace(directions, key=mixed(directions.key, b))
+            rows.append(_Estimated.apply(flat, layout, own, *one))  # type: ignore[no-untyped-call]
+        out = tuple(torch.stack(column) for column in zip(*rows, strict=True))
+        return out, tuple(0 for _ in out)
+
+
+class _Drawn(torch.autograd.Function):
+    """The directions of one argument, drawn again from their key."""
+
+    @staticmethod
+    def forward(directions: Directions, index: int, key: Tensor, like: Tensor) -> Tensor:  # noqa: D102
+        return dataclasses.replace(directions, key=int(key)).draw(index, 0, tuple(like.shape), like)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: D102
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: D102
+        return None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:  # noqa: D102
+        return None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, directions: Directions, index: int, key: Tensor, like: Tensor) -> Any:  # noqa: D102
+        rows = []
+        for b in range(info.batch_size):
+            own, x = (t if d is None else t.select(d, b) for t, d in zip((key, like), in_dims[2:], strict=True))
+            rows.append(_Drawn.apply(directions, index, own, x))  # type: ignore[no-untyped-call]
+        return torch.stack(rows), 0
 
 
 class _Final(torch.autograd.Function):
@@ -129,8 +190,15 @@ class _Final(torch.autograd.Function):
             "derivative of a function. Use an exact structure ('elementwise', 'block', 'dense') for that module."
         )
 
+    jvp = backward
 
-def _saved(ctx: Any) -> tuple[list[Any], Sequence[Tensor]]:
-    tensors = iter(ctx.saved_tensors)
-    args = [next(tensors) if c is None else c[0] for c in ctx.constants]
-    return args, list(tensors)
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, estimate: Tensor, *args: Tensor) -> Any:  # noqa: D102
+        moved = [t if d is None else t.movedim(d, 0) for t, d in zip((estimate, *args), in_dims, strict=True)]
+        return _Final.apply(*moved), None if in_dims[0] is None else 0  # type: ignore[no-untyped-call]
+
+
+def _saved(ctx: Any) -> tuple[list[Any], Sequence[Tensor], Tensor]:
+    """Arguments in their places, what was pushed, and the key of its directions."""
+    args, (*pushed, key) = saved(ctx)
+    return args, pushed, key

@@ -29,10 +29,10 @@ from torch.utils import _pytree as pytree
 
 from dualnn.engine.dual_tensor import DualTensor, count, make, split, top_level
 from dualnn.engine.errors import StructureError
-from dualnn.engine.inplace import link_view
 from dualnn.engine.registry import unsupported
 from dualnn.engine.releases import TESTED, release, warn_untested
 from dualnn.engine.tangents import Dense, PerSample, Zero
+from dualnn.engine.views import link_view
 
 Direction = Sequence[Any]  # one entry for each differentiable argument: a tensor of its shape, or None
 Flat = Callable[..., list[Tensor]]

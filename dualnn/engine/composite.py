@@ -49,6 +49,7 @@ def composite_rule(func: Callable) -> Callable | None:
     def rule(_: Callable, args: tuple, kwargs: dict) -> Any:
         return body(*args, **kwargs)
 
+    rule.on_parts = True  # type: ignore[attr-defined]  # its inner calls arrive one by one
     return rule
 
 

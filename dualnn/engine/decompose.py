@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dualnn.engine.dual_tensor import count, make, split, top_level
+from dualnn.engine.dual_tensor import DualTensor, count, make, split, top_level
 from dualnn.engine.registry import OpSpec, SampleMaker, register, unsupported
 from dualnn.engine.tangents import Zero
 
@@ -23,6 +23,7 @@ def decomposition(
     samples: SampleMaker | None = None,
     own_value: bool = True,
     smooth: bool = True,
+    reverse: bool = True,
 ) -> Callable[[Callable], Callable]:
     """Register plain code for ops that lack a rule.
 
@@ -32,6 +33,7 @@ def decomposition(
         samples: Sample calls.
         own_value: Take the value from the op itself (False: from the decomposition).
         smooth: False where the op has kinks.
+        reverse: False where torch has no second reverse derivative to compare with.
     """
 
     def decorate(reference: Callable) -> Callable:
@@ -41,7 +43,7 @@ def decomposition(
             out = reference(*args, **kwargs)
             return with_values(func, args, kwargs, out) if own_value else out
 
-        spec = None if samples is None else OpSpec(name, functions[0], samples, smooth=smooth)
+        spec = None if samples is None else OpSpec(name, functions[0], samples, smooth=smooth, reverse=reverse)
         register(*functions, rule=rule, spec=spec)
         return reference
 
@@ -63,3 +65,8 @@ def with_values(func: Callable, args: tuple, kwargs: dict, out: Any) -> Any:
             value = make(value, Zero(num) if tan is None else tan, level)
         made.append(value)
     return pytree.tree_unflatten(made, value_spec)
+
+
+def rebased(x: Any, value: Tensor) -> Any:
+    """The same tangents, at every level, around another plain value (torch's own, bit for bit)."""
+    return make(rebased(x._primal, value), x._tan, x._level) if isinstance(x, DualTensor) else value

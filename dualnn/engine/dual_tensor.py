@@ -2,16 +2,15 @@
 
 The object is a `torch.Tensor` to the eye (shape, dtype, device, operators, every ``torch.*`` call). Calls arrive
 in `__torch_function__`, which looks for a rule (`registry`), then re-runs the Python body of a composite function
-so that its inner calls meet rules (`composite`), then a verified fallback (`fallback`), and otherwise raises. The
+so that its inner calls meet rules (`composite`), and otherwise raises. The
 shell owns no storage: an op that slips past the rules reaches `__torch_dispatch__`, which raises as well, so a
 tangent is never dropped in silence.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,8 +18,11 @@ from torch.utils import _pytree as pytree
 
 from dualnn.engine.errors import DualShapeError, StructureError, TangentLostError, UnsupportedOpError
 from dualnn.engine.levels import user_level
-from dualnn.engine.registry import rule_for
+from dualnn.engine.registry import RULES, rule_for
 from dualnn.engine.tangents import Dense, PerSample, Tangent, Zero
+
+if TYPE_CHECKING:
+    from dualnn.engine.views import Memory
 
 
 class DualTensor(Tensor):
@@ -45,7 +47,7 @@ class DualTensor(Tensor):
     _primal: Tensor
     _tan: Tangent
     _level: int
-    _family: list[weakref.ref] | None  # this dual, its base and its views, where they share memory
+    _memory: Memory | None = None  # what this dual shares with its views, or with what it is a view of
 
     @property
     def primal(self) -> Tensor:
@@ -94,14 +96,15 @@ class DualTensor(Tensor):
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
         """Whether autograd tracks the value or the tangents (reverse over forward)."""
-        return self._primal.requires_grad or (not self._tan.is_zero and self._tan.dense().requires_grad)
+        return self._primal.requires_grad or self._tan.requires_grad
 
     @classmethod
     def __torch_function__(
         cls, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         """Send one torch call to its rule."""
-        return rule_for(func)(func, args, kwargs or {})
+        rule = RULES.get(func) or rule_for(func)
+        return rule(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -141,12 +144,15 @@ class DualTensor(Tensor):
         )
 
 
+_new_shell = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+
+
 def make(primal: Tensor, tan: Tangent, level: int) -> DualTensor:
     """Put a value and its tangent together (no checks: rules call this for every op)."""
-    shell = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-        DualTensor, primal.shape, dtype=primal.dtype, device=primal.device
-    )
-    if not tan.is_zero and isinstance(tan, Dense) and tan.data.dtype != primal.dtype:
+    dtype = primal.dtype
+    # Positional arguments (strides, storage offset, memory format, dtype, layout, device) parse faster than keywords.
+    shell = _new_shell(DualTensor, primal.shape, None, None, None, dtype, torch.strided, primal.device)
+    if isinstance(tan, Dense) and tan.data.dtype != dtype:
         # Autocast runs the value's op and the tangents' ops in dtypes of their own.
         if tan.data.dtype.is_complex and not primal.dtype.is_complex:
             raise UnsupportedOpError("an operation from complex to real numbers has a rule for real ones only")
@@ -155,7 +161,6 @@ def make(primal: Tensor, tan: Tangent, level: int) -> DualTensor:
     shell._primal = primal
     shell._tan = tan
     shell._level = level
-    shell._family = None
     return shell
 
 

@@ -4,7 +4,10 @@ All derive from `DualnnError`, and each also from the built-in that a caller wou
 """
 
 import difflib
+import pickle
 from collections.abc import Iterable
+
+from torch.linalg import LinAlgError
 
 
 class DualnnError(Exception):
@@ -35,8 +38,24 @@ class ConvergenceError(DualnnError, RuntimeError):
     """An iterative method stopped before it reached its tolerance."""
 
 
+class UnpicklableError(DualnnError, pickle.PicklingError):
+    """A process that is being spawned would not find a function that a module holds."""
+
+
+class SingularMatrixError(DualnnError, LinAlgError):
+    """Matrices that must be regular, or of full rank, are not; the message lists their batch indices."""
+
+
+class DegenerateWarning(UserWarning):
+    """Eigenvalues or singular values coincide: their vectors are not differentiable, and their tangents are nan."""
+
+
 class UnknownNameError(DualnnError, ValueError):
     """A name is not registered; the message lists the choices and the nearest one."""
+
+
+class CompileFallbackWarning(UserWarning):
+    """A function given to `dualnn.compile` runs eagerly; the message says why."""
 
 
 def unknown_name(kind: str, name: object, choices: Iterable[str]) -> UnknownNameError:

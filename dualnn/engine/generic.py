@@ -22,9 +22,10 @@ from torch import Tensor
 
 from dualnn.engine.by_reverse import reverse_rule
 from dualnn.engine.dual_tensor import DualTensor, count, make, primal_of, split, top_level
-from dualnn.engine.inplace import inplace_of, link_view
+from dualnn.engine.inplace import inplace_of
 from dualnn.engine.registry import OpSpec, Rule, Sample, SampleMaker, register, spellings, unsupported
 from dualnn.engine.tangents import Tangent, Zero
+from dualnn.engine.views import link_view
 
 KEYWORDS = {"axis": "dim", "keepdims": "keepdim"}
 
@@ -59,16 +60,20 @@ def elementwise(
     """
 
     def rule(func: Callable, call: tuple, kwargs: dict) -> DualTensor:
-        x, call, kwargs = first(func, call, kwargs)
-        if not holomorphic and x.dtype.is_complex:
+        if kwargs or len(call) != 1:
+            x, call, kwargs = first(func, call, kwargs)
+        else:
+            (x,), call = call, ()
+        primal, tan = x._primal, x._tan
+        if not holomorphic and primal.dtype.is_complex:
             return reverse_rule(func, (x, *call), kwargs)
-        value = func(x._primal, *call, **kwargs)
+        value = func(primal, *call, **kwargs)
         if flat:
-            return make(value, Zero(x._tan.num), x._level)
-        if x._tan.is_zero:
-            return make(value, x._tan, x._level)
-        factor = derivative(x._primal, value, *call, **kwargs)
-        return make(value, x._tan.scale(factor, value.shape, singular), x._level)
+            return make(value, Zero(tan.num), x._level)
+        if tan.is_zero:
+            return make(value, tan, x._level)
+        factor = derivative(primal, value, *call, **kwargs)
+        return make(value, tan.scale(factor, value.shape, singular), x._level)
 
     functions = [*spellings(name), *also]
 
@@ -91,7 +96,8 @@ def binary(
     smooth: bool = True,
     also: Iterable[Callable] = (),
     also_inplace: Iterable[Callable] = (),
-) -> Rule:
+    joint: Callable[..., Tangent | None] | None = None,
+) -> Callable[[Callable, Any, Any, dict], DualTensor]:
     """Register y = f(a, b) with broadcasting; either operand may be a number.
 
     Args:
@@ -104,24 +110,47 @@ def binary(
         smooth: False where the op has kinks.
         also: More spellings.
         also_inplace: More in-place spellings.
+        joint: ``joint(ta, tb, fa, y)``: the tangent of two dual operands, where it is cheaper than the two terms
+            (``fa`` is the partial in a); None where it does not apply.
+
+    Returns:
+        ``pair(func, a, b, kwargs)``: what the rule does once it has sorted its arguments.
     """
 
     def rule(func: Callable, call: tuple, kwargs: dict) -> DualTensor:
-        a, b, kwargs = both(func, call, kwargs)
-        level = top_level((a, b))
+        return pair(func, *(both(func, call, kwargs) if kwargs or len(call) != 2 else (*call, kwargs)))
+
+    def pair(func: Callable, a: Any, b: Any, kwargs: dict) -> DualTensor:
+        above = a._level if isinstance(a, DualTensor) else 0
+        below = b._level if isinstance(b, DualTensor) else 0
+        level = above if above > below else below
         if level == 0:
             raise unsupported(func, "got a dual in an argument that it does not differentiate")
-        (pa, ta), (pb, tb) = split(a, level), split(b, level)
-        if isinstance(a, DualTensor) and isinstance(b, DualTensor) and a._tan.num != b._tan.num:
-            count(level, (a, b))
+        pa, pb, ta, tb = a, b, None, None
+        if above == level:
+            pa, ta = a._primal, a._tan
+            num = ta.num
+        if below == level:
+            pb, tb = b._primal, b._tan
+            num = tb.num
+            if ta is not None and ta.num != num:
+                num = count(level, (a, b))
         value = func(pa, pb, **kwargs)
-        tan: Tangent | None = None
-        if ta is not None:
-            tan = ta.scale(d_first(pa, pb, value, **kwargs), value.shape, singular)
-        if tb is not None:
-            part = tb.scale(d_second(pa, pb, value, **kwargs), value.shape, singular)
-            tan = part if tan is None else tan.plus(part)
-        return make(value, tan or Zero(count(level, (a, b))), level)
+        if ta is None or ta.is_zero:
+            if tb is None or tb.is_zero:
+                return make(value, Zero(num), level)
+            return make(value, tb.scale(d_second(pa, pb, value, **kwargs), value.shape, singular), level)
+        fa = d_first(pa, pb, value, **kwargs)
+        if tb is None or tb.is_zero:
+            return make(value, ta.scale(fa, value.shape, singular), level)
+        if joint is not None and not kwargs:
+            tan = joint(ta, tb, fa, value)
+            if tan is not None:
+                return make(value, tan, level)
+        fb = d_second(pa, pb, value, **kwargs)
+        if a is b and not singular:  # both partials act on the same directions
+            return make(value, ta.scale(fa + fb, value.shape), level)
+        return make(value, ta.joined(fa, tb, fb, value.shape, singular), level)
 
     functions = [*spellings(name), *also]
 
@@ -138,7 +167,7 @@ def binary(
 
     register(*functions, rule=rule, spec=OpSpec(name, functions[0], samples, smooth=smooth))
     register_inplace(name, rule, functions, also_inplace)
-    return rule
+    return pair
 
 
 def pushforward(

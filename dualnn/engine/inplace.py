@@ -1,44 +1,26 @@
 """In-place operations on duals: compute out of place, then exchange both parts.
 
 A dual's parts are never overwritten (an earlier op may hold them, and a caller's tensor may be the value), so a
-write replaces them. Members of one memory family (a base and its views) would then disagree; until views are
-regenerated a write to a member of a family raises while another member is alive. Plain destinations cannot hold
-a tangent, so they raise too.
+write replaces them; where views are looking at the same memory, `views.Memory` sees to it that they see the write.
+Plain destinations cannot hold a tangent, so they raise.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch._C._functorch import is_functorch_wrapped_tensor
+import torch
 
+from dualnn.engine.by_parts import with_graph_of
 from dualnn.engine.dual_tensor import DualTensor
 from dualnn.engine.errors import UnsupportedOpError
 from dualnn.engine.registry import Rule, op_name
 from dualnn.engine.tangents import Zero
+from dualnn.engine.views import Memory, keeps_strides
 
-
-def link_view(base: DualTensor, view: DualTensor) -> None:
-    """Note that ``view`` shows ``base``'s memory (decided by storage: a reshape may have copied)."""
-    if not shares_memory(base._primal, view._primal):
-        return
-    if base._family is None:
-        base._family = [weakref.ref(base)]
-    view._family = base._family
-    base._family.append(weakref.ref(view))
-
-
-def shares_memory(a: Any, b: Any) -> bool:
-    """Whether two values look at one storage."""
-    if isinstance(a, DualTensor) or isinstance(b, DualTensor):
-        return a is b or (
-            isinstance(a, DualTensor) and isinstance(b, DualTensor) and a._family is not None and a._family is b._family
-        )
-    if is_functorch_wrapped_tensor(a) or is_functorch_wrapped_tensor(b):
-        return True  # their storage cannot be asked for: a view op is taken at its word
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.numel() > 0
+# They change which entries the tensor shows, not the entries: its views, and what it is a view of, stay as they are.
+RESHAPING = ("t_", "transpose_", "squeeze_", "unsqueeze_")
 
 
 def write(target: Any, value: Any, func: Callable) -> Any:
@@ -54,28 +36,37 @@ def write(target: Any, value: Any, func: Callable) -> Any:
             f"{name} writes a dual of level {value._level} into one of level {target._level}: the destination belongs "
             "to an outer derivative. Make the destination inside the function that is differentiated."
         )
-    others = [m for m in map(_alive, target._family or ()) if m is not None and m is not target]
-    if others:
-        raise UnsupportedOpError(
-            f"{name} writes in place to a dual that shares memory with a view (or is one). Write out of place "
-            "(x[i] = x[i] + v in place of x[i] += v), or call .clone() on the view before writing."
-        )
+    if value is target:
+        return target
+    if name.rpartition(".")[2] in RESHAPING:
+        return _show_as(target, value)
     if value.shape != target.shape:
         raise UnsupportedOpError(
             f"{name}: the result of shape {tuple(value.shape)} does not fit the destination {tuple(target.shape)}"
         )
     if value.dtype != target.dtype:
         value = value.to(target.dtype)
+    memory = target._memory
+    if memory is None or not memory.others(target):
+        # Torch keeps the destination's strides, which decide later whether a reshape is a view.
+        memory = None if keeps_strides(target, value) else Memory(target)
+    if memory is not None:
+        target._memory = memory
+        memory.write(target, value, name)
+        return target
+    if not torch.is_grad_enabled():
+        value = with_graph_of(target, value)
     if isinstance(value, DualTensor) and value._level == target._level:
         target._primal, target._tan = value._primal, value._tan
     else:
         target._primal, target._tan = value, Zero(target._tan.num)
-    target._family = None
+    target._memory = None
     return target
 
 
-def _alive(ref: weakref.ref) -> Any:
-    return ref()
+def _show_as(target: DualTensor, view: DualTensor) -> DualTensor:
+    target._primal, target._tan, target._memory = view._primal, view._tan, view._memory
+    return target
 
 
 def inplace_of(rule: Rule, plain: Callable) -> Rule:

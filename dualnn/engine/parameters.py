@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
@@ -50,3 +50,40 @@ def swapped(module: nn.Module, replacement: Mapping[nn.Parameter, Tensor]) -> It
             "(weights clipped or loaded inside the step): the write would be lost. Do it outside the step, for "
             "example in a hook of the optimizer."
         )
+
+
+class Places:
+    """Where a module's parameters are, so that tensors stand in for them at any later time.
+
+    By place and not by identity: a backward pass may run after ``torch.func.functional_call`` has put others there.
+
+    Args:
+        module: The module, as it is now; None for a function without parameters.
+
+    Attributes:
+        parameters: Each parameter once.
+    """
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self.module = module
+        self.parameters = [] if module is None else list(module.parameters())
+        position = {id(p): i for i, p in enumerate(self.parameters)}
+        self._places = [
+            (sub, name, position[id(p)])
+            for sub in ([] if module is None else module.modules())
+            for name, p in sub._parameters.items()
+            if p is not None
+        ]
+
+    def swapped(self, tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """As `swapped`: ``tensors[i]`` stands where ``parameters[i]`` was.
+
+        Example:
+            >>> import torch
+            >>> layer = nn.Linear(1, 1, bias=False)
+            >>> with Places(layer).swapped([torch.tensor([[3.0]])]):
+            ...     layer(torch.ones(1))
+            tensor([3.])
+        """
+        here = {sub._parameters[name]: tensors[i] for sub, name, i in self._places}
+        return swapped(self.module or nn.Module(), here)  # type: ignore[arg-type]

@@ -50,7 +50,6 @@ class OpSpec:
         samples: Takes a maker of random float64 tensors ``rand(*shape, low=-2, high=2)``, yields `Sample` objects.
         smooth: False where finite differences across a kink or jump would mislead.
         flat: The derivative is zero almost everywhere.
-        first_order_only: A second derivative raises (see `fallback`).
         reverse: False where torch has no reverse mode to compare with (nor to differentiate the rule's value with).
     """
 
@@ -59,7 +58,6 @@ class OpSpec:
     samples: SampleMaker
     smooth: bool = True
     flat: bool = False
-    first_order_only: bool = False
     reverse: bool = True
 
 
@@ -81,14 +79,13 @@ def add_spec(spec: OpSpec) -> None:
 
 
 def rule_for(func: Callable) -> Rule:
-    """The rule of a callable: its own; one made from its Python body (`composite`); a verified `fallback`."""
+    """The rule of a callable: its own (of ours, or `by_reverse`), or one made from its Python body (`composite`)."""
     rule = RULES.get(func)
     if rule is not None:
         return rule
-    from dualnn.engine.composite import composite_rule
-    from dualnn.engine.fallback import fallback_rule  # both need the dual tensor, which needs this module
+    from dualnn.engine.composite import composite_rule  # needs the dual tensor, which needs this module
 
-    rule = composite_rule(func) or fallback_rule(func)
+    rule = composite_rule(func)
     if rule is None:
         raise unsupported(func)
     RULES[func] = rule

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dualnn.engine.dual_tensor import checked_tangent
-from dualnn.engine.errors import DualShapeError, unknown_name
+from dualnn.engine.dual_tensor import DualTensor, checked_tangent
+from dualnn.engine.errors import DualShapeError, UnsupportedOpError, unknown_name
+from dualnn.engine.jets import JetTensor, jet
+from dualnn.engine.levels import fresh_level
 from dualnn.engine.transforms import basis, jacobian, jvp
 
 
@@ -85,44 +87,83 @@ def hvp(fn: Callable, x: Tensor, v: Tensor, method: Literal["forward", "reverse"
     return torch.zeros_like(x) if found is None else found
 
 
-def laplacian(fn: Callable, x: Tensor, chunk: int | None = 8) -> Any:
-    r"""Laplacian :math:`\sum_i \partial^2 f / \partial x_i^2` over all entries of x.
+def laplacian(
+    fn: Callable, x: Tensor, chunk: int | None = None, method: Literal["collapsed", "nested"] = "collapsed"
+) -> Any:
+    r"""Laplacian :math:`\Delta f = \sum_i \partial^2 f / \partial x_i^2` over all entries of x.
 
-    The sum of second directional derivatives along the unit directions, a chunk of them at a time: no Hessian is
-    formed, only its diagonal blocks.
+    ``"collapsed"`` carries the value, K first derivatives and *one* second derivative, the mean over the directions,
+    through the function (`jets`): K + 2 tensors for each live one. Reverse mode over it gives the gradient in
+    parameters. ``"nested"`` carries all :math:`(K + 1)^2` parts of duals over duals; it is the slower, independent way,
+    and follows what the collapsed one refuses (in-place writes to views, custom derivatives). For B points that fn
+    treats one by one, differentiate in a common shift, ``laplacian(lambda z: fn(points + z), zeros)``: D directions,
+    not B D.
 
     Args:
         fn: Function of one tensor; any output shape, or a nesting of outputs.
         x: Where.
-        chunk: How many directions to push at a time (None: all at once).
+        chunk: Push at most K = chunk directions at a time (None: all at once; 8 for ``"nested"``). fn runs once for
+            each chunk.
+        method: See above.
 
     Returns:
-        In the structure and shapes that ``fn`` returns.
+        In the structure and shapes that ``fn`` returns; None for outputs that are not floating point tensors.
 
     Raises:
         DualShapeError: chunk is smaller than one.
+        UnsupportedOpError: ``fn`` uses an op without a rule at second order, or one that cannot be collapsed.
+        UnknownNameError: There is no such method.
+
+    Reference:
+        Li et al. 2023, arXiv 2307.08214 (forward Laplacian); Dangel et al. 2025, arXiv 2505.13644 (collapsing).
 
     Example:
         >>> import torch, dualnn as dn
         >>> dn.laplacian(lambda x: (x ** 2).sum(), torch.zeros(3))
         tensor(6.)
     """
+    if method not in ("collapsed", "nested"):
+        raise unknown_name("method", method, ("collapsed", "nested"))
     checked_tangent(x, x)
     size = x.numel()
-    step = max(size, 1) if chunk is None else chunk
+    step = chunk if chunk is not None else max(size, 1) if method == "collapsed" else 8
     if step < 1:
         raise DualShapeError(f"chunk must be at least 1, got {chunk}")
+    summed = _collapsed if method == "collapsed" else _nested
     total: list[Any] | None = None
     spec: Any = None
     for start in range(0, max(size, 1), step):
-        unit = basis(x, start, min(start + step, size))
-
-        def slopes(inner: Tensor, unit: Tensor = unit) -> Any:
-            return jvp(fn, (inner,), (unit,))[1]
-
-        _, curved = jvp(slopes, (x,), (unit,))
-        leaves, spec = pytree.tree_flatten(curved)
-        # (outer direction, inner direction, *out): the diagonal holds the pure second derivatives.
-        traces = [None if c is None else c.diagonal(0, 0, 1).sum(-1) for c in leaves]
+        traces, spec = summed(fn, x, basis(x, start, min(start + step, size)))
         total = traces if total is None else [None if a is None else a + b for a, b in zip(total, traces, strict=True)]
     return pytree.tree_unflatten(total or [], spec)
+
+
+def _nested(fn: Callable, x: Tensor, unit: Tensor) -> tuple[list[Any], Any]:
+    def slopes(inner: Tensor) -> Any:
+        return jvp(fn, (inner,), (unit,))[1]
+
+    _, curved = jvp(slopes, (x,), (unit,))
+    leaves, spec = pytree.tree_flatten(curved, is_leaf=lambda c: c is None)
+    # (outer direction, inner direction, *out): the diagonal holds the pure second derivatives.
+    return [None if c is None else c.diagonal(0, 0, 1).sum(-1) for c in leaves], spec
+
+
+def _collapsed(fn: Callable, x: Tensor, unit: Tensor) -> tuple[list[Any], Any]:
+    num = unit.shape[0]
+    with fresh_level() as level, fresh_level() as above:
+        rows = torch.cat([unit, torch.zeros_like(unit[:1])]) if num else None
+        leaves, spec = pytree.tree_flatten(fn(jet(x, rows, num, level, above)))
+    out: list[Any] = []
+    for y in leaves:
+        if isinstance(y, JetTensor) and y._level == level:
+            data = y._tan.data  # type: ignore[attr-defined]
+            out.append(torch.zeros_like(y._primal) if data is None else num * data[-1])
+        elif isinstance(y, DualTensor) and y._level >= level:
+            raise UnsupportedOpError(
+                "the function returned a DualTensor that it built itself, which hides the derivatives of its parts. "
+                "Return its .primal and .tangent."
+            )
+        else:
+            continuous = isinstance(y, Tensor) and y.dtype.is_floating_point
+            out.append(torch.zeros_like(y) if continuous else None)
+    return out, spec

@@ -14,19 +14,18 @@ structurally zero, of low rank, or can be drawn again when it is needed. A rule 
 `Drawn`        regenerated from its key at every use, not stored
 =============  =================================================================================
 
-The place for a *scaled* tangent (a primal-shaped factor times a shared base) is here as well.
+A factor of exactly 1 shares the tensor it multiplies; every other result is new.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from dualnn.engine.errors import StructureError
+from dualnn.engine.scaling import aligned, full, idle, product, scaled, sum_of_products, surely_finite, times
 
 
 class Tangent:
@@ -52,6 +51,26 @@ class Tangent:
         """
         return Dense(scaled(self.dense(), factor, shape, singular))
 
+    def joined(
+        self,
+        factor: Tensor | float,
+        other: Tangent,
+        other_factor: Tensor | float,
+        shape: torch.Size,
+        singular: bool = False,
+    ) -> Tangent:
+        """``self * factor + other * other_factor``: what an op of two operands needs, in fewer passes."""
+        return self.scale(factor, shape, singular).plus(other.scale(other_factor, shape, singular))
+
+    def delayed(self, factor: Tensor, shape: torch.Size) -> Tangent:
+        """`scale` by a finite factor which nobody else holds, and which may therefore be multiplied in later."""
+        return self.scale(factor, shape)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether autograd tracks the directions."""
+        return self.dense().requires_grad
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> Tangent:
         """Apply a linear map to the dense directions: ``(K, *shape) -> (K, *out)``."""
         return Dense(fn(self.dense()))
@@ -75,6 +94,11 @@ class Zero(Tangent):
         """Zero, whatever the factor is (also infinity and nan)."""
         return self
 
+    @property
+    def requires_grad(self) -> bool:
+        """Never."""
+        return False
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> Tangent:
         """Zero, without calling ``fn``."""
         return self
@@ -96,6 +120,33 @@ class Dense(Tangent):
     def dense(self) -> Tensor:
         """The stored tensor itself."""
         return self.data
+
+    def scale(self, factor: Tensor | float, shape: torch.Size, singular: bool = False) -> Tangent:
+        """Multiply the tensor."""
+        if singular:
+            return Dense(scaled(self.data, factor, shape, True))
+        data = self.data
+        out = data if type(factor) is float and factor == 1.0 else times(aligned(data, len(shape)), factor)
+        found = out.shape
+        if len(found) != len(shape) + 1 or found[1:] != shape:
+            out = aligned(out, len(shape)).expand(data.shape[0], *shape)
+        return self if out is data else Dense(out)
+
+    def joined(
+        self,
+        factor: Tensor | float,
+        other: Tangent,
+        other_factor: Tensor | float,
+        shape: torch.Size,
+        singular: bool = False,
+    ) -> Tangent:
+        """The same, in one or two passes over the directions."""
+        if type(self) is not Dense or type(other) is not Dense:
+            return super().joined(factor, other, other_factor, shape, singular)
+        if singular and not (surely_finite(factor) and surely_finite(other_factor)):
+            return super().joined(factor, other, other_factor, shape, singular)
+        a, b = aligned(self.data, len(shape)), aligned(other.data, len(shape))
+        return Dense(full(sum_of_products(a, factor, b, other_factor, a.dtype), self.num, shape))  # type: ignore[arg-type]
 
 
 class PerSample(Dense):
@@ -136,36 +187,123 @@ class Separate(Tangent):
 
     An elementwise function of n arguments is seeded with direction k on argument k. An intermediate that depends on
     two of them then costs two products, not n, and a per-channel parameter's part stays per channel until it meets
-    a full tensor.
+    a full tensor. A part is a number where it is the same in every entry: a seed costs nothing.
+
+    Args:
+        num: K.
+        parts: The parts that are present.
+        shape: Shape of the value.
+        zero: A 0-dim zero of the parts' dtype and device (that of any part which is a tensor).
+        factor: A tensor of our own by which every part is still to be multiplied.
+        sign: 1 or -1, likewise. (Nothing else waits: a product of two factors may overflow or vanish where the
+            derivative does not.)
     """
 
-    __slots__ = ("parts", "shape")
+    __slots__ = ("_factor", "_parts", "_sign", "shape", "zero")
 
-    def __init__(self, num: int, parts: dict[int, Tensor], shape: torch.Size) -> None:
+    def __init__(
+        self,
+        num: int,
+        parts: dict[int, Tensor | float],
+        shape: torch.Size,
+        zero: Tensor | None = None,
+        factor: Tensor | None = None,
+        sign: float = 1.0,
+    ) -> None:
         super().__init__(num)
-        self.parts, self.shape = parts, shape
+        if zero is None:
+            some = next(p for p in parts.values() if isinstance(p, Tensor))
+            zero = torch.zeros((), dtype=some.dtype, device=some.device)
+        self.shape, self.zero = shape, zero
+        self._parts, self._factor, self._sign = parts, factor, sign
+
+    @property
+    def parts(self) -> dict[int, Tensor | float]:
+        """The parts, with everything multiplied in (once: the products are kept)."""
+        if self._factor is not None or self._sign != 1.0:
+            factor = _signed(1.0 if self._factor is None else self._factor, self._sign)
+            self._parts = {k: product(p, factor, self.zero.dtype) for k, p in self._parts.items()}
+            self._factor, self._sign = None, 1.0
+        return self._parts
+
+    def part(self, k: int) -> Tensor:
+        """Direction k, broadcast to the shape."""
+        p = self.parts.get(k, 0.0)
+        return (p if isinstance(p, Tensor) else self.zero + p).expand(self.shape)
 
     def dense(self) -> Tensor:
         """All directions, with zeros for those that are absent."""
-        some = next(iter(self.parts.values()))
-        none = torch.zeros((), dtype=some.dtype, device=some.device)
-        return torch.stack([self.parts.get(k, none).expand(self.shape) for k in range(self.num)])
+        return torch.stack([self.part(k) for k in range(self.num)])
 
     def scale(self, factor: Tensor | float, shape: torch.Size, singular: bool = False) -> Tangent:
-        """Scale each part that is present."""
-        parts = {
-            k: scaled(p[None], factor, shape, singular)[0] if singular else p * factor for k, p in self.parts.items()
-        }
-        return Separate(self.num, parts, shape)
+        """Scale each part that is present; a sign waits for the next sum or factor."""
+        if type(factor) is float and factor == -1.0 and self._can_wait():
+            return Separate(self.num, self._parts, shape, self.zero, self._factor, -self._sign)
+        parts = self.parts
+        if singular and not surely_finite(factor):
+            parts = {
+                k: scaled((p if isinstance(p, Tensor) else self.zero + p)[None], factor, shape, True)[0]
+                for k, p in parts.items()
+            }
+        else:
+            parts = {k: product(p, factor, self.zero.dtype) for k, p in parts.items()}
+        return Separate(self.num, parts, shape, self.zero)
+
+    def delayed(self, factor: Tensor, shape: torch.Size) -> Tangent:
+        """The factor waits: a sum that comes next multiplies and adds in one pass."""
+        if self._factor is not None or type(factor) is not Tensor or factor.requires_grad or not self._can_wait():
+            return self.scale(factor, shape)
+        return Separate(self.num, self._parts, shape, self.zero, factor, self._sign)
+
+    def _can_wait(self) -> bool:
+        """Whether it makes no difference when a product is formed: nothing records it, nothing looks on."""
+        return idle() and all(
+            not isinstance(p, Tensor) or (type(p) is Tensor and not p.requires_grad) for p in self._parts.values()
+        )
+
+    def joined(
+        self,
+        factor: Tensor | float,
+        other: Tangent,
+        other_factor: Tensor | float,
+        shape: torch.Size,
+        singular: bool = False,
+    ) -> Tangent:
+        """The same, part by part."""
+        if not isinstance(other, Separate):
+            return super().joined(factor, other, other_factor, shape, singular)
+        if singular and not (surely_finite(factor) and surely_finite(other_factor)):
+            return super().joined(factor, other, other_factor, shape, singular)
+        dtype, out = self.zero.dtype, {}
+        mine, fa = self._taken(factor)
+        theirs, fb = other._taken(other_factor)
+        for k, p in mine.items():
+            q = theirs.get(k)
+            out[k] = product(p, fa, dtype) if q is None else sum_of_products(p, fa, q, fb, dtype)
+        for k, q in theirs.items():
+            if k not in out:
+                out[k] = product(q, fb, dtype)
+        return Separate(self.num, out, shape, self.zero)
+
+    def _taken(self, factor: Tensor | float) -> tuple[dict[int, Tensor | float], Tensor | float]:
+        """Parts, and one factor which they are to be multiplied by, for this tangent times ``factor``."""
+        if self._factor is None:
+            return self._parts, _signed(factor, self._sign)
+        if type(factor) is float and abs(factor) == 1.0:
+            return self._parts, _signed(self._factor, self._sign * factor)
+        return self.parts, factor
 
     def plus(self, other: Tangent | None) -> Tangent:
         """Sum part by part."""
         if not isinstance(other, Separate):
             return super().plus(other)
-        parts = dict(self.parts)
-        for k, p in other.parts.items():
-            parts[k] = parts[k] + p if k in parts else p
-        return Separate(self.num, parts, self.shape)
+        return self.joined(1.0, other, 1.0, self.shape)
+
+
+def _signed(factor: Tensor | float, sign: float) -> Tensor | float:
+    if sign == 1.0:
+        return factor
+    return times(factor, -1.0) if isinstance(factor, Tensor) else -factor
 
 
 class LowRank(Tangent):
@@ -202,31 +340,3 @@ class Drawn(Tangent):
     def dense(self) -> Tensor:
         """Draw them (the same numbers every time)."""
         return self.draw()
-
-
-def aligned(data: Tensor, ndim: int) -> Tensor:
-    """Insert axes after K so that ``data`` broadcasts against results of ``ndim`` dimensions."""
-    missing = ndim + 1 - data.dim()
-    if missing <= 0:
-        return data
-    return data.reshape(data.shape[:1] + (1,) * missing + data.shape[1:])
-
-
-def scaled(data: Tensor, factor: Tensor | float, shape: torch.Size, singular: bool) -> Tensor:
-    """``factor * data`` for directions ``(K, *s)``, of shape ``(K, *shape)``."""
-    data = aligned(data, len(shape))
-    if singular and not _surely_finite(factor):
-        # log at 0 with directions (0, 1) has derivatives (0, inf): an exact zero does not meet the infinity.
-        factor = torch.where(data == 0, torch.zeros((), dtype=data.dtype, device=data.device), factor)
-    out = data if isinstance(factor, float) and factor == 1.0 else data * factor
-    full = (data.shape[0], *shape)
-    return out if out.shape == full else out.expand(full)
-
-
-def _surely_finite(factor: Tensor | float) -> bool:
-    """Whether a look at the numbers shows that they are finite; on devices where a look waits, no."""
-    if not isinstance(factor, Tensor):
-        return math.isfinite(factor)
-    if type(factor) not in (Tensor, torch.nn.Parameter) or factor.device.type != "cpu":
-        return False
-    return not is_functorch_wrapped_tensor(factor) and bool(torch.isfinite(factor).all())

@@ -21,11 +21,12 @@ from dualnn.layers.given_jacobian import (
     sample_shape,
     with_jacobian,
 )
+from dualnn.layers.held import HoldsFunctions
 
 STEP = float(np.finfo(np.float64).eps) ** (1 / 3)  # balances the h^2 of central differences and rounding, eps / h
 
 
-class BlackBox(nn.Module):
+class BlackBox(HoldsFunctions):
     r"""Call code that knows nothing of torch, and multiply by its local Jacobian in backward.
 
     The function takes and returns numpy arrays. Its Jacobian is given, or taken by central differences,
@@ -72,8 +73,6 @@ class BlackBox(nn.Module):
         tensor([ 0.0000, -0.8415])
     """
 
-    one_layer = True  # signals perturb its result as a whole
-
     def __init__(
         self,
         fn: Callable,
@@ -82,18 +81,15 @@ class BlackBox(nn.Module):
         step: float | None = None,
         probe_every: int = 1000,
     ) -> None:
-        super().__init__()
-        for what, given in (("fn", fn), ("jacobian", jacobian)):
-            if not callable(given) and not (what == "jacobian" and given is None):
-                raise DualInputError(f"BlackBox: {what} must be a function, got {given!r}")
+        super().__init__(fn)
+        if jacobian is not None and not callable(jacobian):
+            raise DualInputError(f"BlackBox: jacobian must be a function, got {jacobian!r}")
         if step is not None and not 0 < step < 1:
             raise DualInputError(f"BlackBox: step is relative and must lie between 0 and 1, got {step}")
         if probe_every < 1:
             raise DualInputError(f"BlackBox: probe_every must be at least 1, got {probe_every}")
-        self.fn, self.structure, self.jacobian = fn, check_structure(structure), jacobian
+        self.structure, self.jacobian = check_structure(structure), jacobian
         self.step, self.probe_every = STEP if step is None else step, probe_every
-        self.label = getattr(fn, "__name__", type(fn).__name__)
-        self.name = f"BlackBox({self.label})"
         self._calls = 0
 
     def extra_repr(self) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
-from dualnn.engine.errors import DualInputError
+from dualnn.layers.held import HoldsFunctions
 from dualnn.layers.local import LocalCall
 
 
-class Dual(nn.Module):
+class Dual(HoldsFunctions):
     r"""Run a function or module on duals in the forward pass, and multiply by its local Jacobian in backward.
 
     Loops, in-place updates, ``no_grad``, data-dependent stops: what autograd cannot follow, or follows only by storing
@@ -36,12 +37,17 @@ class Dual(nn.Module):
         probe_every: A claimed or found structure is checked at the first call and every so many calls (finite entries
             only).
         batch_dims: Number of leading batch axes, for ``"block"`` (all but the last) and ``"random"`` (one).
-        seed: Of the random directions; they follow from it and the number of the call.
+        seed: Of the random directions; they follow from it, the number of the call (which the state dict keeps as
+            ``calls`` where ``tangents`` is given, so that a resumed run goes on with the same) and the process's rank.
+            Two estimates in a row draw independent ones whatever their seeds; under ``torch.func`` and reentrant
+            checkpointing, where they cannot see one another, give each its own seed.
         max_relative_variance: Raise where a random estimate is predicted to be noisier than this.
 
     Raises:
         StructureError: The claimed structure does not hold.
-        TangentLostError: The function's value does not depend on its inputs.
+        TangentLostError: The function's value does not depend on its inputs, or is no floating point tensor.
+        DualInputError: No floating point input, or all outputs are nan where the structure is to be probed.
+        UnpicklableError: (where processes are spawned) The function is a lambda or a closure.
         UnknownNameError: An unknown structure.
 
     Shape:
@@ -64,8 +70,6 @@ class Dual(nn.Module):
         tensor([0.0833, 0.0370])
     """
 
-    one_layer = True  # signals perturb its result as a whole
-
     def __init__(
         self,
         fn_or_module: Callable,
@@ -76,18 +80,32 @@ class Dual(nn.Module):
         seed: int = 0,
         max_relative_variance: float | None = None,
     ) -> None:
-        super().__init__()
-        if not callable(fn_or_module):
-            raise DualInputError(f"Dual wraps a function or module, got {fn_or_module!r}")
-        self.fn = fn_or_module
+        super().__init__(fn_or_module, "a function or module")
         self.local = LocalCall(structure, tangents, probe_every, batch_dims, seed, max_relative_variance)
+
+    @property
+    def estimates(self) -> bool:
+        """Whether its gradient is an estimate (known after the first call, with ``"auto"``)."""
+        return self.local.structure == "random" or self.local.chosen == "random"
 
     def extra_repr(self) -> str:
         """The structure, and the function where it is not a module (which torch prints itself)."""
-        name = "" if isinstance(self.fn, nn.Module) else f"{getattr(self.fn, '__name__', self.fn)}, "
+        name = "" if isinstance(self.fn, nn.Module) else f"{self.label}, "
         estimate = "" if self.local.tangents is None else f", tangents={self.local.tangents}"
         return f"{name}structure={self.local.structure!r}{estimate}"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""
         return self.local(self.fn, self.fn if isinstance(self.fn, nn.Module) else None, args, kwargs)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.local.tangents is not None:
+            destination[prefix + "calls"] = torch.tensor(self.local.calls)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # Taken out: a layer with another structure loads the same state dict, and needs no counter in it.
+        calls = state_dict.pop(prefix + "calls", None)
+        if calls is not None and self.local.tangents is not None:
+            self.local.calls = int(calls)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualnn.engine.parameters import swapped
+from dualnn.engine.parameters import Places
 from dualnn.solvers import fixed_point
+from dualnn.solvers.root import Differentiate
+from dualnn.solvers.stats import OnFailure
 
 
 class FixedPoint(nn.Module):
@@ -23,6 +25,11 @@ class FixedPoint(nn.Module):
         tol: Largest entry of the residual (see `dualnn.solvers.fixed_point`).
         max_steps: Evaluations at most.
         memory: Iterates that Anderson acceleration combines.
+        jacobian: How the derivative's system is solved: ``"dense"``, ``"krylov"``; by default the first up to 2,048
+            unknowns a sample, the second above.
+        differentiate: ``"implicit"``, or ``"one_step"``: without solving a system, with a relative error of about the
+            contraction factor.
+        on_failure: For samples that do not converge: ``"raise"``, ``"nan"`` or ``"last"``.
 
     Shape:
         ``x: (B, …)``; ``z0``, and so the output, is like x by default.
@@ -51,22 +58,44 @@ class FixedPoint(nn.Module):
 
     one_layer = True  # signals perturb its result as a whole
 
-    def __init__(self, module: nn.Module, tol: float | None = None, max_steps: int = 200, memory: int = 5) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        tol: float | None = None,
+        max_steps: int = 200,
+        memory: int = 5,
+        *,
+        jacobian: str | None = None,
+        differentiate: Differentiate = "implicit",
+        on_failure: OnFailure = "raise",
+    ) -> None:
         super().__init__()
         self.module = module
         self.tol, self.max_steps, self.memory = tol, max_steps, memory
+        self.jacobian, self.differentiate, self.on_failure = jacobian, differentiate, on_failure
 
     def extra_repr(self) -> str:
         """The solver's settings."""
-        return f"tol={self.tol}, max_steps={self.max_steps}, memory={self.memory}"
+        first = f"tol={self.tol}, max_steps={self.max_steps}, memory={self.memory}"
+        return f"{first}, jacobian={self.jacobian}, differentiate={self.differentiate}, on_failure={self.on_failure}"
 
     def forward(self, x: Tensor, z0: Tensor | None = None) -> Tensor:
         """Solve from ``z0`` (zeros by default)."""
-        parameters = list(self.module.parameters())
+        places = Places(self.module)
 
         def run(z: Tensor, x: Tensor, *weights: Tensor) -> Any:
-            with swapped(self.module, dict(zip(parameters, weights, strict=True))):
+            with places.swapped(weights):
                 return self.module(z, x)
 
         start = torch.zeros_like(x) if z0 is None else z0
-        return fixed_point(run, start, (x, *parameters), tol=self.tol, max_steps=self.max_steps, memory=self.memory)
+        return fixed_point(
+            run,
+            start,
+            (x, *places.parameters),
+            tol=self.tol,
+            max_steps=self.max_steps,
+            memory=self.memory,
+            jacobian=self.jacobian,
+            differentiate=self.differentiate,
+            on_failure=self.on_failure,
+        )

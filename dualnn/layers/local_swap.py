@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from dualnn.engine.names import matching
+from dualnn.layers.held import refuse_unpicklable
 from dualnn.layers.local import LocalCall
 
 
@@ -20,10 +21,13 @@ class LocalForward:
 
     one_layer = True  # signals perturb its result as a whole
 
-    def __init__(self, module: nn.Module, structure: str) -> None:
-        self.module = module
-        self.local = LocalCall(structure)
+    def __init__(self, module: nn.Module, local: LocalCall) -> None:
+        self.module, self.local = module, local
         self.before = module.__dict__.get("forward")
+
+    def __getstate__(self) -> dict[str, Any]:
+        refuse_unpicklable(f"The swapped {type(self.module).__name__}", {"forward": self.before})
+        return vars(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward on duals."""
@@ -35,13 +39,17 @@ class LocalForward:
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
-def swap_forward(module: nn.Module, where: Sequence[str], structure: str = "auto") -> list[str]:
+def swap_forward(
+    module: nn.Module, where: Sequence[str], structure: str = "auto", tangents: int | None = None, seed: int = 0
+) -> list[str]:
     """Let submodules run as exact local duals inside ordinary backprop.
 
     Args:
         module: Holds them.
         where: Names or globs of submodules.
-        structure: As for `dualnn.layers.Dual`.
+        structure: This and the others as for `dualnn.layers.Dual`.
+        tangents: K of a random estimate, where no exact structure fits.
+        seed: Of its directions.
 
     Returns:
         The qualified names that were swapped; `restore_forward` undoes it.
@@ -54,7 +62,7 @@ def swap_forward(module: nn.Module, where: Sequence[str], structure: str = "auto
     outer = [n for n in chosen if not any(n.startswith(o + ".") for o in chosen)]
     for name in outer:
         if not isinstance(chosen[name].__dict__.get("forward"), LocalForward):
-            chosen[name].forward = LocalForward(chosen[name], structure)  # type: ignore[method-assign]
+            chosen[name].forward = LocalForward(chosen[name], LocalCall(structure, tangents, seed=seed))  # type: ignore[method-assign]
     return outer
 
 

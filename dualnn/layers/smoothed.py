@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualnn.engine.bridge_linear import Once, linear
 from dualnn.engine.errors import DualInputError, StructureError, UnsupportedOpError
@@ -22,6 +22,7 @@ from dualnn.layers.given_jacobian import (
     sample_shape,
     with_jacobian,
 )
+from dualnn.layers.held import HoldsFunctions
 
 ADVICE = (
     "only value and gradient of the smoothed function are estimated. Smooth the whole function whose second derivative "
@@ -29,7 +30,7 @@ ADVICE = (
 )
 
 
-class Smoothed(nn.Module):
+class Smoothed(HoldsFunctions):
     r"""Gaussian smoothing of any function, by sampling.
 
     .. math:: f_\sigma(x) = E[f(x + \sigma z)], \qquad
@@ -89,7 +90,7 @@ class Smoothed(nn.Module):
         True
     """
 
-    one_layer = True  # signals perturb its result as a whole
+    estimates = True  # its gradient
     calls: Tensor
 
     def __init__(
@@ -102,18 +103,14 @@ class Smoothed(nn.Module):
         seed: int = 0,
         probe_every: int = 1000,
     ) -> None:
-        super().__init__()
-        if not callable(fn):
-            raise DualInputError(f"Smoothed wraps a function, got {fn!r}")
+        super().__init__(fn)
         if not 0 < sigma < math.inf:
             raise DualInputError(f"Smoothed: sigma must be positive, got {sigma}")
         for what, number in (("samples", samples), ("probe_every", probe_every)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise DualInputError(f"Smoothed: {what} must be an integer >= 1, got {number!r}")
-        self.fn, self.sigma, self.samples, self.antithetic = fn, sigma, samples, antithetic
+        self.sigma, self.samples, self.antithetic = sigma, samples, antithetic
         self.structure, self.seed, self.probe_every = check_structure(structure), seed, probe_every
-        self.label = getattr(fn, "__name__", type(fn).__name__)
-        self.name = f"Smoothed({self.label})"
         self._probes, self._warned = 0, False
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 

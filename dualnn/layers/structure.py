@@ -13,27 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 from torch.utils import _pytree as pytree
 
 from dualnn.engine.bridge_columns import Layout
-from dualnn.engine.dual_tensor import primal_of
+from dualnn.engine.concrete import concrete
 from dualnn.engine.errors import StructureError, TangentLostError
 from dualnn.engine.tangents import Dense, Tangent
 from dualnn.engine.transforms import dense_of, push
 
 TOLERANCE = 1e-3  # relative to the largest effect: data-dependent stops move other entries by about their tolerance
-
-
-def concrete(x: Tensor) -> Tensor:
-    """The plain numbers under duals and functorch wrappers (the first entry of a vmapped batch)."""
-    x = primal_of(x)
-    while _functorch.is_functorch_wrapped_tensor(x):
-        dim = _functorch.maybe_get_bdim(x) if _functorch.is_batchedtensor(x) else -1
-        x = _functorch.get_unwrapped(x)
-        if dim >= 0:
-            x = x.select(dim, 0)
-    return x.detach()
 
 
 def elementwise_layout(fn: Callable, tensors: Sequence[Tensor], inputs: int) -> list[tuple[int, ...] | None]:
@@ -64,7 +52,7 @@ def elementwise_layout(fn: Callable, tensors: Sequence[Tensor], inputs: int) -> 
         v = (_scattered(t.shape) + 0.5).to(t)  # away from 0: a lucky zero would hide a coupling
         out, tan = push(fn, tensors, [Dense(v[None]) if j == i else None for j in range(len(tensors))])
         actual = dense_of(tan, out)[0]  # type: ignore[index]
-        fits = [s for s in layouts[i] if _close(actual, partials[i] * v.reshape(t.shape if s is None else s), actual)]
+        fits = [s for s in layouts[i] if close(actual, partials[i] * v.reshape(t.shape if s is None else s), actual)]
         if not fits:
             raise StructureError(
                 f"the derivative along a random direction of tensor {i}, {tuple(t.shape)}, is not elementwise in the "
@@ -130,7 +118,7 @@ def _value_probe(fn: Callable, inputs: Sequence[Tensor], rest: Sequence[Tensor],
             )
 
 
-def _close(a: Tensor, b: Tensor, scale: Tensor) -> bool:
+def close(a: Tensor, b: Tensor, scale: Tensor) -> bool:
     finite = torch.isfinite(a) & torch.isfinite(b)
     if not finite.any():
         return True
@@ -196,3 +184,6 @@ def _float_leaves(result: Any) -> list[Tensor]:
 def _largest(x: Tensor) -> float:
     finite = x[torch.isfinite(x)]
     return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+__all__ = ["block_layout", "concrete", "elementwise_layout"]

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualnn.engine.bridge import ClosedForm, elementwise
 from dualnn.engine.bridge_linear import untouched
 from dualnn.engine.errors import DualInputError, DualnnError, StructureError, unknown_name
+from dualnn.layers.held import HoldsFunctions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ register_primitive("identity", Primitive("u", lambda u: u, torch.ones_like))
 register_primitive("identity-clip", Primitive("clamp(u, -1, 1)", lambda u: u.clamp(-1, 1), _inside))
 
 
-class Surrogate(nn.Module):
+class Surrogate(HoldsFunctions):
     r"""Apply a hard elementwise function, and differentiate a named smooth primitive in its place.
 
     .. math:: y = f(x), \qquad \dot y = \frac{d}{dx} P(\beta x) \, \dot x = \beta P'(\beta x) \, \dot x
@@ -140,21 +141,15 @@ class Surrogate(nn.Module):
         tensor([0.1442, 0.5000, 0.0460])
     """
 
-    one_layer = True  # signals perturb its result as a whole
-
     def __init__(self, fn: Callable[[Tensor], Tensor], primitive: str | Primitive, sharpness: float = 1.0) -> None:
-        super().__init__()
-        if not callable(fn):
-            raise DualInputError(f"Surrogate wraps a function, got {fn!r}")
+        super().__init__(fn)
         if not isinstance(primitive, Primitive) and primitive not in PRIMITIVES:
             raise unknown_name("surrogate primitive", primitive, PRIMITIVES)
         if not 0 < sharpness < math.inf:
             raise DualInputError(f"Surrogate: sharpness must be positive, got {sharpness}")
-        self.fn, self.sharpness = fn, sharpness
+        self.sharpness = sharpness
         # A name is kept as a name: it pickles, a table of lambdas does not.
         self.primitive = primitive
-        self.label = getattr(fn, "__name__", type(fn).__name__)
-        self.name = f"Surrogate({self.label})"
 
     def of(self) -> Primitive:
         """The primitive."""

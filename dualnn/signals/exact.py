@@ -68,7 +68,7 @@ class Exact(Signal):
                 raise DualInputError(
                     f"the step computed {float(first)} when it ran for the first chunk and {float(value)} later: its "
                     "parts do not belong to one gradient. It must depend on nothing that changes between runs, such as "
-                    "Python's or numpy's random state or an iterator; or use Exact(chunk=None), which runs it once."
+                    "an iterator or a generator of its own; or use Exact(chunk=None), which runs it once."
                 )
             for p, g in part.items():
                 if g is not None:

@@ -1,7 +1,41 @@
 """Solvers with implicit derivatives. One method a file."""
 
 from dualnn.solvers.fixed_point import fixed_point
+from dualnn.solvers.linear import (
+    cholesky,
+    cholesky_solve,
+    det,
+    eigh,
+    expm,
+    inv,
+    lstsq,
+    lu,
+    pinv,
+    qr,
+    slogdet,
+    solve,
+    svd,
+)
+from dualnn.solvers.minimize import minimize
 from dualnn.solvers.root import root
 from dualnn.solvers.stats import Stats
 
-__all__ = ["Stats", "fixed_point", "root"]
+__all__ = [
+    "Stats",
+    "cholesky",
+    "cholesky_solve",
+    "det",
+    "eigh",
+    "expm",
+    "fixed_point",
+    "inv",
+    "lstsq",
+    "lu",
+    "minimize",
+    "pinv",
+    "qr",
+    "root",
+    "slogdet",
+    "solve",
+    "svd",
+]

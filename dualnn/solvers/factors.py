@@ -59,7 +59,7 @@ class LU:
             return (rhs / self.matrix[..., 0]).to(self.dtype)
         lead = rhs.dim() - self.matrix.dim() + 1
         wide = rhs.to(self.matrix.dtype)
-        columns = wide.reshape(-1, *wide.shape[lead:]).movedim(0, -1)  # (*batch, n, prod(lead))
+        columns = wide.reshape(wide.shape[:lead].numel(), *wide.shape[lead:]).movedim(0, -1)  # (*batch, n, prod(lead))
         if self.followed:
             found = torch.linalg.solve(self.matrix.mT if transposed else self.matrix, columns)
         else:
@@ -86,20 +86,36 @@ def block_jacobian(fn: Callable[[Tensor], Tensor], x: Tensor, probe: bool = True
     seeds = rows.expand(n, *x.shape)
     probe = probe and batch.numel() > 1
     if probe:
-        half = (torch.arange(batch.numel(), device=x.device) % 2 == 0).reshape(*batch, 1)
-        seeds = torch.cat([seeds, half.to(x.dtype).expand(1, *x.shape)])
+        seeds = torch.cat([seeds, _half(x).to(x.dtype).expand(1, *x.shape)])
     y, tan = push(fn, (x,), [Dense(seeds)])
     same_shape(y, x)
     columns: Any = dense_of(tan, y)
     if probe:
-        leak = torch.where(half, 0, columns[-1].detach().abs())
-        if float(leak.max()) > 1e-6 * float(columns.detach().abs().max()):
-            raise StructureError(
-                "the equations mix samples (BatchNorm in training, a mean over the batch?), but they are solved sample "
-                "by sample. Make them one system of shape (n,), or take the mixing out."
-            )
+        _check_half(columns[-1], x, columns)
         columns = columns[:-1]
     return y, columns.movedim(0, -1)
+
+
+def refuse_mixing(fn: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Raise StructureError if samples influence one another: that check of `block_jacobian` alone."""
+    y, tan = push(fn, (x,), [Dense(_half(x).to(x.dtype).expand(1, *x.shape))])
+    moved = dense_of(tan, y)
+    _check_half(moved[0], x, moved)  # type: ignore[index, arg-type]
+
+
+def _half(x: Tensor) -> Tensor:
+    """Every other sample, ``(*batch, 1)``."""
+    batch = x.shape[:-1]
+    return (torch.arange(batch.numel(), device=x.device) % 2 == 0).reshape(*batch, 1)
+
+
+def _check_half(moved: Tensor, x: Tensor, columns: Tensor) -> None:
+    leak = torch.where(_half(x), 0, moved.detach().abs())
+    if float(leak.max()) > 1e-6 * float(columns.detach().abs().max()):
+        raise StructureError(
+            "the equations mix samples (BatchNorm in training, a mean over the batch?), but they are solved sample "
+            "by sample. Make them one system of shape (n,), or take the mixing out."
+        )
 
 
 def same_shape(y: Any, x: Tensor) -> None:

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_interpreter_stack
+from torch._C._functorch import get_interpreter_stack, is_functorch_wrapped_tensor
 
-from dualnn.engine.bridge import floats, refuse_nested_jvp
-from dualnn.engine.dual_tensor import count, make, split, top_level
+from dualnn.engine.bridge import floats, refuse_nested_jvp, save, saved
+from dualnn.engine.dual_tensor import DualTensor, count, make, primal_of, split, top_level
 from dualnn.engine.errors import TangentLostError
 from dualnn.engine.tangents import Dense, Tangent, Zero
 from dualnn.engine.transforms import dense_of, push
@@ -41,6 +41,8 @@ class Problem:
         residual: ``residual(x, *args)`` of x's shape, zero at the solution; plain torch code.
         solve: ``solve(*args) -> (x, factors or None)`` on plain tensors, under ``no_grad``, by any code.
         linearise: ``linearise(x, *args) -> Factors`` of the residual's Jacobian in x, where ``solve`` gave none.
+        cut: ``cut(x, *args)``: whether a residual that autograd finds to depend on nothing was cut from the graph.
+            False: it may be constant, as the equations of a linear problem's derivative are.
     """
 
     def __init__(
@@ -48,14 +50,17 @@ class Problem:
         residual: Callable[..., Tensor],
         solve: Callable[..., tuple[Tensor, Factors | None]],
         linearise: Callable[..., Factors],
+        cut: Callable[..., bool] | None = None,
     ) -> None:
-        self.residual, self.solve, self._linearise = residual, solve, linearise
+        self.residual, self.solve, self._linearise, self._cut = residual, solve, linearise, cut
         self._known: tuple[Tensor, Factors] | None = None
 
     def run(self, *args: Any) -> Tensor:
         """Solve, and remember the factors."""
         with torch.no_grad():
             x, factors = self.solve(*args)
+        if any(x is a for a in args):  # a start that was the solution: autograd's node must not return its input
+            x = x.clone()
         self._known = None if factors is None else (x, factors)
         return x
 
@@ -66,9 +71,22 @@ class Problem:
                 self._known = x, self._linearise(x, *args)
         return self._known[1]
 
+    def cut(self, x: Tensor, *args: Any) -> bool:
+        """Whether the equations carry no graph."""
+        if self._cut is not None:
+            return self._cut(x, *args)
+        with torch.enable_grad():
+            return not self.residual(x.detach().requires_grad_(), *args).requires_grad
+
+    def alone(self) -> Problem:
+        """The same problem, without the factors."""
+        return Problem(self.residual, self.solve, self._linearise, self._cut)
+
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or (not get_interpreter_stack() and a.shape == b.shape and a.data_ptr() == b.data_ptr())
+    if a is b or get_interpreter_stack() or any(is_functorch_wrapped_tensor(t) for t in (a, b)):
+        return a is b
+    return a.shape == b.shape and a.data_ptr() == b.data_ptr()
 
 
 def implicit(problem: Problem, *args: Any) -> Tensor:
@@ -124,7 +142,12 @@ def _moved(problem: Problem, moving: Sequence[bool], num: int) -> Problem:
         factors = problem.factors(x, primals)
         return -factors.solve(dense_of(tan, y)), factors  # type: ignore[arg-type]
 
-    return Problem(residual, solve, lambda t, x, *rest: problem.factors(x, unpack(rest)[0]))
+    return Problem(
+        residual,
+        solve,
+        lambda t, x, *rest: problem.factors(x, unpack(rest)[0]),
+        lambda t, x, *rest: problem.cut(x, *unpack(rest)[0]),
+    )
 
 
 class _Transposed:
@@ -146,26 +169,60 @@ def _adjoint(problem: Problem) -> Problem:
         factors = problem.factors(x, args)
         return factors.solve_transposed(g), _Transposed(factors)
 
-    return Problem(residual, solve, lambda v, g, x, *args: _Transposed(problem.factors(x, args)))
+    return Problem(
+        residual,
+        solve,
+        lambda v, g, x, *args: _Transposed(problem.factors(x, args)),
+        lambda v, g, x, *args: problem.cut(x, *args),
+    )
 
 
 def _pulled(
-    fn: Callable[..., Tensor], inputs: Sequence[Tensor], v: Tensor, create_graph: bool
+    fn: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    v: Tensor,
+    create_graph: bool,
+    cut: Callable[[], bool] = lambda: True,
 ) -> Sequence[Tensor | None]:
     """Cotangents of ``inputs`` (None: no dependence) from that of ``fn(*inputs)``, by one evaluation."""
     if get_interpreter_stack():  # torch.func's own levels: requires_grad_ has no meaning inside them
         return torch.func.vjp(fn, *inputs)[1](v)
     with torch.enable_grad():
         # Fresh aliases: what else depends on these tensors must count as constant here.
-        fresh = [x.view_as(x) if create_graph and x.requires_grad else x.detach().requires_grad_() for x in inputs]
-        y = fn(*fresh)
+        fresh = [
+            x.view_as(x) if create_graph and x.requires_grad else x.detach().requires_grad_()
+            for x in map(primal_of, inputs)
+        ]
+        y = fn(*(_on(x, leaf) for x, leaf in zip(inputs, fresh, strict=True)))
+        if top_level((y, v)):
+            product = (y * v).sum()
+            return [_component(product, leaf) for leaf in fresh]
         if not y.requires_grad:
+            if not cut():
+                return [None] * len(fresh)
             raise TangentLostError(
                 "the equations carry no graph to backpropagate through: they run under no_grad, or detach what they "
                 "compute. Differentiate forward (dualnn.jvp), or wrap the part that cuts the graph in "
                 "dualnn.layers.Dual."
             )
         return torch.autograd.grad(y, fresh, v, create_graph=create_graph, allow_unused=True)
+
+
+def _on(x: Tensor, leaf: Tensor) -> Tensor:
+    """A dual of any levels with another plain value under it."""
+    return make(_on(x._primal, leaf), x._tan, x._level) if isinstance(x, DualTensor) else leaf
+
+
+def _component(product: Tensor, leaf: Tensor) -> Tensor:
+    """Gradient of a dual scalar in the plain value under a dual: that of its primal, and of every tangent."""
+    if isinstance(product, DualTensor):
+        num, rows = product._tan.num, [] if product._tan.is_zero else product._tan.dense().unbind(0)
+        tan = Dense(torch.stack([_component(row, leaf) for row in rows])) if rows else Zero(num)
+        return make(_component(product._primal, leaf), tan, product._level)
+    if not product.requires_grad:
+        return torch.zeros_like(leaf)
+    (gradient,) = torch.autograd.grad(product, leaf, create_graph=True, allow_unused=True)
+    return torch.zeros_like(leaf) if gradient is None else gradient
 
 
 def _recorded(args: Sequence[Any]) -> bool:
@@ -185,22 +242,13 @@ class _Implicit(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: D102
         ctx.problem, *args = inputs
-        ctx.constants = [None if isinstance(a, Tensor) else (a,) for a in args]
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        ctx.save_for_backward(*tensors, output)
-        ctx.save_for_forward(*tensors, output)
-
-    @staticmethod
-    def _saved(ctx: Any) -> tuple[list[Any], Tensor]:
-        tensors = iter(ctx.saved_tensors)
-        args = [next(tensors) if c is None else c[0] for c in ctx.constants]
-        return args, next(tensors)
+        save(ctx, args, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: D102
-        args, x = _Implicit._saved(ctx)
+        args, (x,) = saved(ctx)
         problem: Problem = ctx.problem
-        if torch.is_grad_enabled():  # this backward is differentiated again: v moves with x and the arguments
+        if torch.is_grad_enabled() or get_interpreter_stack():  # differentiated again: v moves with x and the arguments
             v = implicit(_adjoint(problem), grad, x, *args)
         else:
             x = x.detach()
@@ -213,7 +261,9 @@ class _Implicit(torch.autograd.Function):
                 inner[i] = a
             return problem.residual(x, *inner)
 
-        grads = _pulled(moved, [args[i] for i in wanted], -v, create_graph=torch.is_grad_enabled())
+        # The user's own equations must depend on what they are differentiated in; derived ones need not.
+        cut = (lambda: True) if problem._cut is None else (lambda: problem.cut(x, *args))
+        grads = _pulled(moved, [args[i] for i in wanted], -v, torch.is_grad_enabled(), cut)
         out: list[Tensor | None] = [None] * len(args)
         for i, g in zip(wanted, grads, strict=True):
             out[i] = g
@@ -221,18 +271,17 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Tensor | None) -> Tensor:  # noqa: D102
-        args, x = _Implicit._saved(ctx)
-        seeds: list[Tangent | None] = [None if t is None else Dense(t.unsqueeze(0)) for t in tangents]
-        y, tan = push(ctx.problem.residual, (x, *args), [None, *seeds])
-        return -ctx.problem.factors(x, args).solve(dense_of(tan, y))[0]  # type: ignore[index, arg-type]
+        args, (x,) = saved(ctx)
+        present = [t.unsqueeze(0) for t in tangents if t is not None]
+        # A node of its own: torch.vmap over this unwraps what the solver sees.
+        return implicit(_moved(ctx.problem, [t is not None for t in tangents], 1), x, *args, *present)[0]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, problem: Problem, *args: Any) -> tuple[Tensor, int]:  # noqa: D102
         rows = []
         for b in range(info.batch_size):
             one = [a if d is None else a.select(d, b) for a, d in zip(args, in_dims[1:], strict=True)]
-            alone = Problem(problem.residual, problem.solve, problem._linearise)
-            rows.append(_Implicit.apply(alone, *one))  # type: ignore[no-untyped-call]
+            rows.append(_Implicit.apply(problem.alone(), *one))  # type: ignore[no-untyped-call]
         return torch.stack(rows), 0
 
 

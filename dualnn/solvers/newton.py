@@ -13,6 +13,7 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,28 @@ from dualnn.solvers.line_search import backtrack
 from dualnn.solvers.stats import Stats, Status
 
 Linearise = Callable[[Tensor], tuple[Tensor, Factors]]
+
+
+class Model(Protocol):
+    """Where the steps come from: a linear model of the function, exact or updated."""
+
+    formed: int  # Jacobians so far
+
+    def at(self, x: Tensor, f: Tensor, active: Tensor) -> tuple[Tensor, Factors, Tensor]:
+        """At ``x`` with value ``f``: the value, factors, and which ``active`` samples' are of the true Jacobian."""
+
+
+class Exact:
+    """The true Jacobian at every step."""
+
+    def __init__(self, linearise: Linearise) -> None:
+        self.linearise, self.formed = linearise, 0
+
+    def at(self, x: Tensor, f: Tensor, active: Tensor) -> tuple[Tensor, Factors, Tensor]:
+        """Form and factorise it."""
+        value, factors = self.linearise(x)
+        self.formed += 1
+        return value, factors, active
 
 
 def newton(
@@ -39,10 +62,17 @@ def newton(
     Returns:
         The last iterate, its `Stats`, and the factors of the last step (taken at the iterate before).
     """
+    return descend(fn, Exact(linearise), x, tol, max_steps)
+
+
+def descend(
+    fn: Callable[[Tensor], Tensor], model: Model, x: Tensor, tol: float | None, max_steps: int
+) -> tuple[Tensor, Stats, Factors | None]:
+    """The iteration, with the steps of any model; a step that leads nowhere is final only with the true Jacobian."""
     limit = default_tolerance(x) if tol is None else tol
     factors: Factors | None = None
     f = fn(x)
-    evaluations, jacobians = 1, 0
+    evaluations = 1
     merit, size = _merit(f), _largest(f)
     status = torch.where(torch.isfinite(size), Status.RUNNING, Status.NONFINITE)
     status = torch.where(size <= limit, Status.CONVERGED, status)
@@ -56,11 +86,10 @@ def newton(
         active = status == Status.RUNNING
         if not bool(active.any()):
             break
-        f, factors = linearise(x)
-        jacobians += 1
+        f, factors, exact = model.at(x, f, active)
         direction = -factors.solve(f)
         regular = torch.isfinite(direction).all(-1)
-        status = torch.where(active & ~regular, Status.SINGULAR, status)
+        status = torch.where(active & ~regular & exact, Status.SINGULAR, status)
         searching = active & regular
         safe = torch.where(searching.unsqueeze(-1), direction, 0.0)
         found = backtrack(evaluate, x, f, merit, safe, -2 * merit, searching)
@@ -69,9 +98,10 @@ def newton(
         x, f, merit = found.x, found.value, found.merit
         size = _largest(f)
         still = _largest(safe) <= 8 * torch.finfo(x.dtype).eps * _largest(x)
-        status = torch.where(searching & ~found.accepted, Status.STALLED, status)
+        failed = searching & ~found.accepted & exact
+        status = torch.where(failed, Status.STALLED, status)
         if tol is None:  # rounding hides any further fall, but the step says that the sample has arrived
-            status = torch.where(searching & ~found.accepted & still, Status.CONVERGED, status)
+            status = torch.where(failed & still, Status.CONVERGED, status)
         status = torch.where(searching & (size <= limit), Status.CONVERGED, status)
     else:
         status = torch.where(status == Status.RUNNING, Status.MAX_STEPS, status)
@@ -81,7 +111,7 @@ def newton(
         evaluations += 1
         better = (status == Status.CONVERGED) & (_largest(after) <= size)
         x, size = torch.where(better.unsqueeze(-1), polished, x), torch.where(better, _largest(after), size)
-    return x, Stats(iterations, size, status, evaluations, jacobians), factors
+    return x, Stats(iterations, size, status, evaluations, model.formed), factors
 
 
 def default_tolerance(x: Tensor) -> float:

@@ -24,13 +24,17 @@ class Status(enum.IntEnum):
     SINGULAR = 3
     STALLED = 4
     NONFINITE = 5
+    NOT_MINIMUM = 6
+    NO_BRACKET = 7
+    JUMP = 8
 
 
 REASONS = {
     Status.MAX_STEPS: ("did not converge in max_steps", "raise max_steps or tol, or start nearer"),
     Status.SINGULAR: (
         "met a singular Jacobian",
-        "start elsewhere, or check that the equations determine every unknown (as many equations, none repeated)",
+        "start elsewhere, or check that the equations determine every unknown (as many equations, none repeated; with "
+        "jacobian='krylov' it may only be too ill-conditioned for GMRES: try 'dense' or 'banded')",
     ),
     Status.STALLED: (
         "stopped making progress",
@@ -38,8 +42,20 @@ REASONS = {
         "lie downhill (start elsewhere)",
     ),
     Status.NONFINITE: (
-        "started where the function is nan or infinite",
+        "met a value of the function that is nan or infinite",
         "start inside its domain, and check the arguments",
+    ),
+    Status.NOT_MINIMUM: (
+        "ended where the Hessian is not positive definite (a saddle point, or flat in some direction)",
+        "start elsewhere, or add a regulariser that determines every unknown",
+    ),
+    Status.NO_BRACKET: (
+        "found no change of sign between the ends of the bracket",
+        "widen it, or look for several roots in it (an even number shows no change of sign)",
+    ),
+    Status.JUMP: (
+        "found a change of sign by a jump or a pole, not through zero",
+        "bracket a root, on one side of the jump",
     ),
 }
 
@@ -73,18 +89,18 @@ def check_on_failure(on_failure: str) -> None:
         raise unknown_name("on_failure", on_failure, ON_FAILURE)
 
 
-def settle(x: Tensor, stats: Stats, on_failure: OnFailure, what: str, tol: float) -> Tensor:
+def settle(x: Tensor, stats: Stats, on_failure: OnFailure, what: str, tol: float, advice: str = "") -> Tensor:
     """Raise for unsolved samples, or mark them, or leave them, as the caller chose."""
     if bool(stats.converged.all()):
         return x
     if on_failure == "raise":
-        raise ConvergenceError(failure(stats, what, tol))
+        raise ConvergenceError(failure(stats, what, tol, advice))
     if on_failure == "nan":
         return torch.where(over(stats.converged, x), x, torch.nan)
     return x
 
 
-def failure(stats: Stats, what: str, tol: float) -> str:
+def failure(stats: Stats, what: str, tol: float, advice: str = "") -> str:
     """Which samples failed, why, with what residual, and what to do."""
     status, residual = stats.status.reshape(-1), stats.residual.reshape(-1)
     total = status.numel()
@@ -95,4 +111,4 @@ def failure(stats: Stats, what: str, tol: float) -> str:
             who = "the system" if total == 1 else f"{len(where)} of {total} samples (first: {where[:8]})"
             worst = float(residual[where].max())
             lines.append(f"{who} {why}; largest residual {worst:.3g}, tolerance {tol:.3g}: {cure}.")
-    return f"{what}: " + " ".join(lines) + " on_failure='nan' or 'last' returns the other samples' results."
+    return f"{what}: " + " ".join(lines) + f"{advice} on_failure='nan' or 'last' returns the other samples' results."

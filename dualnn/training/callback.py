@@ -1,8 +1,9 @@
 """The callback that trains an unmodified LightningModule with another signal than backprop."""
 
 import os
+import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -10,8 +11,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from dualnn.engine.errors import unknown_name
-from dualnn.layers.local_swap import restore_forward, swap_forward
+from dualnn.engine.errors import UnpicklableError, unknown_name
+from dualnn.engine.names import matching
+from dualnn.layers.held import holders, unspawnable
+from dualnn.layers.local import LocalCall
+from dualnn.layers.local_swap import LocalForward, restore_forward
 from dualnn.signals import Backprop, Signal, signal_loss
 from dualnn.training import automatic
 from dualnn.training.errors import ResumeError, TrainingSetupError
@@ -56,7 +60,9 @@ class DualPropagation(pl.Callback):
     *Inside backprop* (``where=[…]``): the named modules run on dual numbers, and backprop takes their exact local
     derivatives. This is the way to train a network of which a part cannot be backpropagated. ``where="auto"`` asks
     `dualnn.diagnosis.doctor` before the first batch which modules those are, prints what it found (TensorBoard keeps
-    it as text), and swaps those that have an exact remedy; any other failure ends the run with its remedy.
+    it as text), and swaps those that have an exact remedy; what is too wide for one gets an unbiased estimate, with its
+    variance said; any other failure ends the run with its remedy. With several processes all of them swap what one
+    of them found.
 
     The module is as before when `fit` returns or raises. A loss that is nan or infinite ends the run.
 
@@ -70,6 +76,7 @@ class DualPropagation(pl.Callback):
         TrainingSetupError: The arguments contradict each other, or do not go with the trainer or module (manual
             optimization, several processes, an optimizer that calls the step more than once).
         ResumeError: `seed` is given and is not the checkpoint's.
+        UnpicklableError: A strategy that spawns processes, and a module that holds a lambda or a closure.
         NonFiniteLossError: The loss became nan or infinite.
 
     Example:
@@ -94,12 +101,15 @@ class DualPropagation(pl.Callback):
         self._resumed: dict[str, Any] = {}
         self._seed_in_use = 0
         self._step: _SignalStep | None = None
-        self._swapped: list[str] = []
-        self._chosen: list[str] = []
+        self._chosen: dict[str, int | None] = {}
+        self._swapped: dict[str, LocalForward] = {}
+        self._calls: dict[str, LocalCall] = {}
         self._pending = False
+        self._started = False  # fit, in this process
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the signal in place (the module is on its device and the checkpoint is loaded by now)."""
+        self._started = True
         self._check_resumed()
         self._seed_in_use = self._resolve_seed()
         if self.signal is not None:
@@ -109,11 +119,10 @@ class DualPropagation(pl.Callback):
             trainer.strategy.training_step = self._step  # type: ignore[method-assign]
         if self.where == "auto":
             # A resumed run keeps what the first one chose: another batch might look different to the doctor.
-            chosen = self._resumed.get("swapped")
-            self._pending = chosen is None
-            self._swapped = swap_forward(pl_module, chosen) if chosen else []
+            self._pending = "swapped" not in self._resumed
+            self._swap(pl_module, self._resumed.get("swapped", {}))
         elif self.where != "all":
-            self._swapped = swap_forward(pl_module, self.where)
+            self._swap(pl_module, dict.fromkeys(matching(pl_module, self.where)))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -121,10 +130,9 @@ class DualPropagation(pl.Callback):
         """A new batch: the step may be called once again; before the very first, the doctor's examination."""
         if self._pending:
             self._pending = False
-            report = automatic.examine_step(pl_module, batch, batch_idx)
-            names = automatic.names_to_swap(report)
-            self._swapped = swap_forward(pl_module, names) if names else []
-            automatic.tell(trainer, report, self._swapped)
+            report = automatic.examine_first(trainer, pl_module, batch, batch_idx)
+            self._swap(pl_module, automatic.to_swap(report))
+            automatic.tell(trainer, report, self._chosen)
         if self._step is not None:
             self._step.calls_this_batch = 0
 
@@ -139,6 +147,10 @@ class DualPropagation(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """The run broke; Lightning calls no `teardown` then."""
         self._undo(trainer, pl_module)
+        if not self._started and isinstance(exception, (pickle.PicklingError, AttributeError, TypeError)):
+            # No process could be spawned. Python's own message names a function at most; here its module is known.
+            if held := holders(pl_module):
+                raise UnpicklableError(unspawnable(held)) from exception
 
     def _undo(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._step is not None:
@@ -149,13 +161,24 @@ class DualPropagation(pl.Callback):
             self._step = None
         if self._swapped:
             restore_forward(pl_module)
-            self._chosen, self._swapped = self._swapped, []
+            self._swapped = {}
+
+    def _swap(self, module: pl.LightningModule, chosen: Mapping[str, int | None]) -> None:
+        self._chosen = dict(chosen)
+        self._swapped = automatic.swap(module, chosen, self._seed_in_use)
+        for name, calls in self._resumed.get("calls", {}).items():
+            if name in self._swapped:
+                self._swapped[name].local.calls = calls
+        self._calls = {name: forward.local for name, forward in self._swapped.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: enough to continue with the same directions, and to notice other settings."""
         own = self.signal.state_dict() if self.signal is not None else {}
         state = {"seed": self._seed_in_use, "signal": describe(self.signal), "where": self.where, "signal_state": own}
-        return state | {"swapped": self._swapped or self._chosen} if self.where == "auto" else state
+        if self.where != "all":
+            # The random directions of a swapped module, and when its structure is probed, follow from its calls.
+            state["calls"] = {name: local.calls for name, local in self._calls.items()}
+        return state | {"swapped": self._chosen} if self.where == "auto" else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember a checkpoint's settings; they are compared when a fit starts."""

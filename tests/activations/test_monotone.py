@@ -62,3 +62,35 @@ def test_arguments_are_not_written_to() -> None:
     lower, upper, start = torch.zeros(1), torch.full((1,), 9.0), torch.full((1,), 5.0)
     increasing_root(cube(x), lower, upper, start)
     assert (lower.item(), upper.item(), start.item()) == (0.0, 9.0, 5.0)
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -1e30, 0.0])
+def test_the_bracket_has_the_last_word_on_plain_steps(garbage: float) -> None:
+    x = torch.tensor([-8.0, 27.0, 1e9], dtype=torch.float64)
+    low = torch.full_like(x, -2e3)
+    y = increasing_root(cube(x), low, -low, x / 10, newton=lambda y: y.fill_(garbage))
+    torch.testing.assert_close(y, torch.tensor([-2.0, 3.0, 1e3], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 30])
+def test_plain_and_bracketed_steps_together_are_max_steps(steps: int) -> None:
+    x = torch.tensor([8.0])
+    plain, bracketed = [], []
+
+    def evaluate(y: torch.Tensor):
+        bracketed.append(y)
+        return cube(x)(y)
+
+    increasing_root(evaluate, 0 * x, x, x, tol=0, max_steps=steps, newton=plain.append)
+    assert len(plain) + len(bracketed) == steps and len(bracketed) == 1
+
+
+def test_plain_steps_stop_once_solved() -> None:
+    x, steps = torch.tensor([8.0, torch.nan, 27.0]), []
+
+    def newton(y: torch.Tensor) -> None:
+        steps.append(y)
+        y.sub_((y**3 - x) / (3 * y * y))
+
+    y = increasing_root(cube(x), 0 * x, x, torch.tensor([2.0, 1.0, 3.0]), newton=newton)
+    assert len(steps) == 4 and y[0] == 2 and y[2] == 3

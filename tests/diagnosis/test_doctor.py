@@ -176,6 +176,58 @@ def test_what_is_meant_is_information(layer: nn.Module, kind: str) -> None:
     assert report.ok and [f.kind for f in report.findings] == [kind]
 
 
+@pytest.mark.filterwarnings("ignore::dualnn.layers.local.EstimateWarning")
+@pytest.mark.parametrize(
+    "make", [lambda: dn.layers.Dual(Mixes(), "random", tangents=2), lambda: dn.layers.Smoothed(torch.tanh, 0.5, 20)]
+)
+def test_an_estimate_is_no_failure(make: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), make(), nn.Linear(8, 2))
+    report = dn.doctor(model, torch.randn(9, 8))
+    assert report.ok and [(f.kind, "on purpose" in f.cause) for f in report.findings] == [("unexamined", True)]
+
+
+class Mixes(nn.Module):
+    """All numbers of the batch, unseen by autograd."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.tanh(x + x.flip(0).cumsum(1) * x.mean())
+
+
+@pytest.mark.parametrize(("rows", "remedy"), [(40, "structure='random', tangents=256"), (4, "(model, ['1'])")])
+def test_what_no_exact_structure_fits_is_estimated(rows: int, remedy: str) -> None:
+    model = nn.Sequential(nn.Linear(30, 30), Mixes(), nn.Linear(30, 2))
+    report = dn.doctor(model, torch.randn(rows, 30))
+    (finding,) = report.failures
+    assert remedy in finding.remedy
+    if rows == 40:  # 1,200 numbers that mix: too many for a dense Jacobian
+        assert (finding.swap, finding.tangents, report.estimates) == ("estimate", 256, {"1": 256})
+        assert f"relative variance is about (n + 1) / K = {1201 / 256:.3g}, with n = 1200" in finding.cost
+        assert report.where == [] and not report.ok
+    else:
+        assert (finding.swap, finding.tangents, report.where) == ("exact", None, ["1"])
+
+
+def test_an_estimate_of_a_wrong_dual_pass_is_not_proposed() -> None:
+    class Hides(Mixes):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + x.detach().sin()
+
+    report = dn.doctor(nn.Sequential(nn.Linear(30, 30), Hides(), nn.Linear(30, 2)), torch.randn(40, 30))
+    (finding,) = report.failures
+    assert finding.swap is None and report.estimates == {}
+
+
+def test_block_is_named_where_samples_do_not_mix() -> None:
+    class Soft(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                return x.softmax(-1)
+
+    report = dn.doctor(nn.Sequential(nn.Linear(3, 3), Soft()), torch.randn(4, 3))
+    assert report.findings[0].remedy == "dn.layers.swap_forward(model, ['1'], structure='block')"
+
+
 def test_our_own_quantiser_is_information() -> None:
     report = dn.doctor(nn.Sequential(nn.Linear(3, 3), dn.activations.get("quantize")), torch.randn(4, 3))
     assert report.ok and [f.kind for f in report.findings] == ["surrogate"]

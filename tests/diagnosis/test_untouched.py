@@ -181,6 +181,18 @@ def test_module_state_restores_shapes_and_containers() -> None:
     assert layer.notes == [1] and not hasattr(layer, "extra")
 
 
+@pytest.mark.filterwarnings("ignore::dualnn.layers.local.EstimateWarning")
+def test_an_estimate_goes_on_with_its_own_directions() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), dn.layers.Dual(lambda x: x.flip(0) * x, "random", tangents=2))
+    x = torch.randn(4, 3)
+    for calls in range(2):
+        twin = copy.deepcopy(model)
+        dn.doctor(model, x)
+        grads = [torch.autograd.grad(m(x).sum(), list(m.parameters())) for m in (model, twin)]
+        assert model[1].local.calls == twin[1].local.calls == calls + 1
+        assert same(*grads)
+
+
 def test_random_states() -> None:
     states = RandomStates()
     first = (torch.rand(()), random.random(), np.random.rand())

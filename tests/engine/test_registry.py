@@ -1,15 +1,14 @@
 """The registry: nothing is registered twice, nothing unknown is followed, nothing drops a tangent."""
 
-import warnings
-
 import pytest
 import torch
 
 import dualnn as dn
-from dualnn.engine import StructureError, UnsupportedOpError, fallback, registry, releases
-from dualnn.engine.composite import composite_rule
+from dualnn.engine import StructureError, UnsupportedOpError, by_reverse, registry, releases
+from dualnn.engine.by_reverse import reverse_rule
 from dualnn.engine.dual_tensor import make as make_dual
 from dualnn.engine.registry import RULES, SPECS, OpSpec, op_name, register, rule_for, spellings
+from dualnn.engine.rules.trusted_samples import sampled
 from dualnn.engine.tangents import Dense, PerSample
 
 X = torch.tensor([0.5, 2.0])
@@ -130,68 +129,45 @@ def test_a_found_rule_is_remembered():
     assert func in RULES and rule_for(func) is RULES[func]
 
 
-FALLEN = torch.vander  # an op of the table that has no rule
+TRUSTED = [f for f, served in RULES.items() if served is reverse_rule]
 
 
-def test_an_op_is_served_once():
-    for func in fallback.VERIFIED:
-        assert composite_rule(func) is None, func
-        assert RULES.get(func, fallback._push) is fallback._push, func
+def test_trusted_ops_bring_samples():
+    assert len(TRUSTED) > 100
+    assert len([name for name in SPECS if name.startswith("trusted.")]) > 50
+    with pytest.raises(ValueError, match="has samples, and no rule"):
+        sampled("mystery", lambda rand: [], functions=[MYSTERY])
 
 
-def test_every_fallback_brings_samples():
-    names = {name for name, spec in SPECS.items() if name.startswith("fallback.")}
-    assert len(names) > 50
-    assert {name for name, spec in SPECS.items() if spec.first_order_only} <= names
-
-
-def test_fallback_serves_a_first_derivative_and_no_second():
-    assert FALLEN in fallback.VERIFIED
-    _, pushed = dn.jvp(FALLEN, (X,), (torch.eye(2),))
-    torch.testing.assert_close(pushed[0], torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
-    with pytest.raises(UnsupportedOpError, match="first order only"):
-        dn.jacobian(lambda x: dn.jacobian(FALLEN, x), X)
-    with pytest.raises(UnsupportedOpError, match="first order only"):
-        torch.func.grad(lambda x: dn.jvp(FALLEN, (x,), (X,))[1].sum())(X)
-    with pytest.raises(UnsupportedOpError, match="first order only"):
-        dn.jvp(FALLEN, (X.clone().requires_grad_(),), (X,))
-
-
-def push(func, *args):
-    """The fallback's rule itself, for ops that a rule of higher order serves first."""
-    return fallback._push(func, args, {})
-
-
-def test_fallback_mixes_with_integer_results_and_constants():
+def test_trusted_ops_mix_with_integer_results_and_constants():
     d = dn.dual(torch.tensor([3.0, 1.0, 2.0]), torch.eye(3))
-    values, where = push(torch.kthvalue, d, 2)
+    values, where = torch.kthvalue(d, 2)
     assert int(where) == 2 and torch.equal(values.tangent, torch.tensor([0.0, 0.0, 1.0]))
-    assert torch.equal(push(torch.kron, torch.ones(2), d).tangent[0], torch.tensor([1.0, 0, 0, 1, 0, 0]))
-    assert not push(torch.cumprod, torch.zeros_like(d), 0).tangent.any()
+    assert torch.equal(torch.kron(torch.ones(2), d).tangent[0], torch.tensor([1.0, 0, 0, 1, 0, 0]))
+    assert not torch.cumprod(torch.zeros_like(d), 0).tangent.any()
     with pytest.raises(UnsupportedOpError, match="out="):
-        fallback._push(torch.kron, (d, d), {"out": torch.zeros(9)})
+        torch.kron(d, d, out=torch.zeros(9))
 
 
-def test_fallback_keeps_samples_apart_or_raises():
+def test_trusted_ops_keep_samples_apart_or_raise():
     loss = make_dual(torch.tensor(2.0), PerSample(torch.ones(4), 2), 1)
     other = make_dual(torch.tensor(3.0), PerSample(torch.ones(4), 2), 1)
-    assert isinstance(push(torch.special.entr, loss)._tan, PerSample)
-    assert isinstance(push(torch.special.xlog1py, loss, other)._tan, PerSample)
+    assert isinstance(torch.special.entr(loss)._tan, PerSample)
+    assert isinstance(torch.special.xlog1py(loss, other)._tan, PerSample)
     with pytest.raises(StructureError):
-        push(torch.special.xlog1py, loss, make_dual(torch.ones(2), Dense(torch.ones(4, 2)), 1))
+        torch.special.xlog1py(loss, make_dual(torch.ones(2), Dense(torch.ones(4, 2)), 1))
 
 
-def test_an_untested_torch_has_no_fallback_and_says_so_once(monkeypatch):
-    monkeypatch.setattr(fallback, "TESTED", {(1, 0)})
+def test_an_untested_torch_is_not_trusted_and_one_warning_says_so(monkeypatch):
+    monkeypatch.setattr(by_reverse, "TESTED", {(1, 0)})
     monkeypatch.setattr(releases, "TESTED", {(1, 0)})
-    monkeypatch.delitem(RULES, FALLEN, raising=False)
     releases.warn_untested.cache_clear()
-    with pytest.warns(UserWarning, match=r"not among the releases .*1\.0"), pytest.raises(UnsupportedOpError):
-        FALLEN(make())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(UnsupportedOpError, match="vander"):
-            FALLEN(make())
+    with pytest.warns(UserWarning, match=r"not among the releases .*1\.0") as caught:
+        for func in TRUSTED:
+            with pytest.raises(UnsupportedOpError, match="not verified on this release"):
+                RULES[func](func, (make(),), {})
+    assert len(caught) == 1
+    assert torch.equal(torch.tanh(make()).primal, torch.tanh(X))  # our own rules do not ask torch
     releases.warn_untested.cache_clear()
 
 

@@ -328,7 +328,7 @@ def test_more_bad_input_is_named() -> None:
         BlackBox(lambda x, scale: x)(torch.ones(2), scale=torch.ones(2))
     with pytest.raises(UnknownNameError, match="did you mean 'block'"):
         BlackBox(np.sin, "blocks")
-    with pytest.raises(DualInputError, match="fn must be a function, got 3"):
+    with pytest.raises(DualInputError, match="wraps a function, got 3"):
         BlackBox(3)
     with pytest.raises(DualInputError, match="step is relative"):
         BlackBox(np.sin, step=2.0)

@@ -214,3 +214,17 @@ def test_a_limit_on_the_variance_is_kept():
     layer = Dual(lambda x: x.softmax(-1), structure="random", tangents=2, max_relative_variance=1.0)
     with pytest.raises(DualInputError, match="raise tangents"):
         layer(draw(4, 10))
+
+
+@pytest.mark.filterwarnings("ignore::dualnn.layers.local.EstimateWarning")
+def test_two_estimates_in_a_row_are_unbiased():
+    """With the same directions in both, the mean would be off by more than the gradient itself."""
+
+    def fn(x):
+        return x.softmax(-1) * 3
+
+    layers = [Dual(fn, structure="random", tangents=1) for _ in range(2)]
+    x = draw(1, 3)
+    found, w = estimates(nn.Sequential(layers[0], nn.Identity(), layers[1]), x, 4000, 1)
+    exact = torch.autograd.functional.vjp(lambda x: fn(fn(x)), x, w)[1]
+    assert ((found.mean(0) - exact).abs() <= 4.5 * found.std(0) / found.shape[0] ** 0.5).all()

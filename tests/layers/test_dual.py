@@ -1,6 +1,8 @@
 import copy
 import pickle
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dualnn as dn
 from dualnn.engine.errors import DualInputError, StructureError, TangentLostError, UnknownNameError
+from dualnn.engine.snapshot import RandomStates
 from dualnn.layers import Dual
 from dualnn.training.meters import LiveBytes
 from tests.layers.functions import (
@@ -161,6 +164,49 @@ def test_a_nan_stays_where_it_is():
     assert x.grad.isnan().tolist() == y.isnan().tolist() == [False, True, False]
 
 
+EVERY = [{"structure": s} for s in ("elementwise", "block", "dense", "auto")]
+EVERY.append({"structure": "random", "tangents": 1})
+
+
+@pytest.mark.filterwarnings("ignore::dualnn.layers.local.EstimateWarning")
+@pytest.mark.parametrize("options", EVERY, ids=lambda o: o["structure"])
+@pytest.mark.parametrize("result", [3.0, None, torch.tensor(2), torch.ones(2, 3, dtype=F64)], ids=str)
+def test_a_plain_constant_is_refused(result, options):
+    with pytest.raises(TangentLostError, match="constant"):
+        Dual(lambda x: result, **options)(positive(2, 3))
+
+
+@pytest.mark.parametrize("options", EVERY, ids=lambda o: o["structure"])
+def test_integer_inputs_alone_are_refused(options):
+    with pytest.raises(DualInputError, match="no floating point tensor"):
+        Dual(lambda x: x * 2, **options)(torch.arange(6).reshape(2, 3))
+
+
+@pytest.mark.parametrize("options", [o for o in EVERY if o["structure"] != "dense"], ids=lambda o: o["structure"])
+def test_nan_hides_no_structure(options):
+    """A claim that was accepted among nan would hold for the next thousand calls."""
+    layer, x = Dual(lambda x: torch.softmax(x, -1), **options), positive(2, 3)
+    with pytest.raises(DualInputError, match="all outputs are nan or inf"):
+        layer(x * float("nan"))
+    if options["structure"] == "auto":
+        assert_same_gradients(layer(x), torch.softmax(x, -1), [x])
+        assert layer.local.chosen == "block"
+
+
+def test_dense_claims_nothing_and_takes_nan():
+    x = positive(3)
+    Dual(lambda x: x.flip(0) * 2, "dense")(x * float("nan")).sum().backward()
+    assert x.grad.isnan().all()
+
+
+@pytest.mark.parametrize("options", EVERY, ids=lambda o: o["structure"])
+@pytest.mark.filterwarnings("ignore::dualnn.layers.local.EstimateWarning")
+def test_a_flat_spot_is_no_constant(options):
+    x = positive(2, 3)
+    Dual(lambda x: torch.relu(-x), **options)(x).sum().backward()
+    assert not x.grad.any()
+
+
 def test_an_empty_batch():
     layer = Dual(Channels(3))
     x = torch.zeros(0, 3, dtype=F64, requires_grad=True)
@@ -260,6 +306,17 @@ def test_a_random_function_leaves_the_random_state_as_one_call_does():
     torch.manual_seed(3)
     y = layer(x)
     assert torch.equal(y, expected) and torch.equal(torch.get_rng_state(), after)
+
+
+def test_pythons_and_numpys_generators_are_left_as_one_call_leaves_them():
+    def noisy(x):
+        return x * random.random() + float(np.random.rand()) * torch.rand(())
+
+    x, states = positive(4), RandomStates()
+    expected, after = noisy(x), (random.getstate(), np.random.get_state()[1].tolist())
+    states.restore()
+    y = Dual(noisy, "elementwise")(x)
+    assert torch.equal(y, expected) and after == (random.getstate(), np.random.get_state()[1].tolist())
 
 
 def test_statistics_are_updated_once():

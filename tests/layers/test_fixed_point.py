@@ -75,6 +75,24 @@ def test_a_start_of_another_shape():
     torch.testing.assert_close(x.grad, (1 / (1 - 0.3 * torch.cos(z))).expand(3, 4))
 
 
+@pytest.mark.parametrize(("options", "rtol"), [({"jacobian": "krylov"}, 1e-8), ({"differentiate": "one_step"}, 0.5)])
+def test_other_ways_to_the_gradient(options, rtol):
+    cell, x = Cell(), torch.randn(3, 4, dtype=F64)
+
+    def gradient(**options):
+        layer = FixedPoint(cell, **options)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(layer(x).sum(), list(cell.parameters()))])
+
+    exact, ours = gradient(), gradient(**options)
+    assert float((ours - exact).norm() / exact.norm()) < rtol
+    assert (rtol == 0.5) == bool((ours - exact).norm() > 1e-3 * exact.norm())
+
+
+def test_on_failure():
+    x = torch.randn(3, 4, dtype=F64)
+    assert bool(FixedPoint(Cell(), max_steps=1, on_failure="nan")(x).isnan().all())
+
+
 def test_frozen_weights_and_no_grad():
     layer, x = FixedPoint(Cell()), torch.randn(3, 4, dtype=F64)
     with torch.no_grad():

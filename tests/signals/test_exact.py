@@ -1,10 +1,12 @@
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from dualnn.engine.errors import DualInputError
+from dualnn.engine.snapshot import RandomStates
 from dualnn.signals import Exact, signal_loss
 from dualnn.training.meters import LiveBytes
 from tests.signals.estimators import assert_exact, gradient, problem
@@ -31,8 +33,25 @@ def test_unused_parameters_get_no_gradient_and_one_warning(chunk):
 
 def test_a_step_that_cannot_be_repeated():
     found = problem("mlp")
-    with pytest.raises(DualInputError, match="Python's or numpy's random state"):
-        gradient(found._replace(step=lambda: found.step() * random.random()), Exact(chunk=5))
+    own = random.Random(0)
+    with pytest.raises(DualInputError, match="a generator of its own"):
+        gradient(found._replace(step=lambda: found.step() * own.random()), Exact(chunk=5))
+
+
+def test_every_chunk_sees_the_same_random_numbers():
+    """Of Python's and numpy's global generators too, which are left as one run of the step leaves them."""
+    found = problem("mlp")
+
+    def noisy():
+        return found.step() * (1 + random.random()) * (1 + float(np.random.rand()))
+
+    states = RandomStates()
+    whole = gradient(found._replace(step=noisy), Exact(chunk=None))
+    after = random.getstate(), np.random.get_state()[1].tolist()
+    states.restore()
+    for a, b in zip(whole, gradient(found._replace(step=noisy), Exact(chunk=5)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert after == (random.getstate(), np.random.get_state()[1].tolist())
 
 
 def test_a_loss_that_is_nan_passes():

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import dualnn as dn
-from dualnn.engine.errors import ConvergenceError, DualInputError, StructureError
+from dualnn.engine.errors import ConvergenceError, DualInputError, StructureError, UnknownNameError, UnsupportedOpError
 from dualnn.solvers import fixed_point
 from dualnn.training.meters import LiveBytes
 from tests.solvers.problems import PROBLEMS, unrolled
@@ -111,6 +111,124 @@ def test_several_arguments_some_of_them_constants():
     torch.testing.assert_close(dz.sum(), expected, rtol=1e-9, atol=1e-9)
 
 
+def alike(x):
+    """A loss of the image problem for every problem: its pairs of gradients are compared."""
+    return (x * torch.linspace(1, 2, x.numel(), dtype=x.dtype).reshape(x.shape)).sum()
+
+
+def derivatives(name, **options):
+    """By a backward pass, along a direction, and a second derivative."""
+    x = PROBLEMS[name].x.clone().requires_grad_()
+    v = torch.ones_like(x.detach())
+    gradient = torch.autograd.grad(alike(solve(name, x, **options)), x, create_graph=True)[0]
+    second = torch.autograd.grad(gradient.sum(), x)[0]
+    _, forward = dn.jvp(lambda x: solve(name, x, **options), (x.detach(),), (v,))
+    return gradient.detach(), forward, second
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("options", [{"jacobian": "krylov"}, {"method": "picard", "max_steps": 2000}], ids=str)
+def test_the_way_does_not_matter_to_the_derivatives(name, options):
+    for ours, dense in zip(derivatives(name, **options), derivatives(name), strict=True):
+        torch.testing.assert_close(ours, dense, rtol=1e-8, atol=1e-8)
+
+
+def test_a_given_jacobian():
+    x = PROBLEMS["cosine"].x
+
+    def solution(x, factor):
+        jacobian = lambda z, x: torch.diag_embed(1 + factor * torch.sin(z))  # noqa: E731
+        return solve("cosine", x, jacobian=jacobian)
+
+    ours, dense = (dn.jvp(f, (x,), (x,))[1] for f in (lambda x: solution(x, 0.5), lambda x: solve("cosine", x)))
+    torch.testing.assert_close(ours, dense, rtol=1e-12, atol=1e-12)
+    with pytest.raises(StructureError, match="not that of the equations"):
+        dn.jvp(lambda x: solution(x, 0.4), (x,), (x,))
+
+
+def test_large_states_need_no_matrix():
+    x = torch.randn(2, 3000, dtype=F64, requires_grad=True)
+    z = fixed_point(lambda z, x: 0.3 * torch.sin(z.roll(1, 1) + x), torch.zeros_like(x), (x,))
+    v = torch.randn_like(z)
+    (gradient,) = torch.autograd.grad((z * v).sum(), x)
+    y = torch.zeros_like(x)
+    for _ in range(80):
+        y = 0.3 * torch.sin(y.roll(1, 1) + x)
+    torch.testing.assert_close(gradient, torch.autograd.grad((y * v).sum(), x)[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["anderson", "picard"])
+@pytest.mark.parametrize("name", ["cosine", "tanh", "image"])
+def test_together_equals_alone(name, method):
+    x = PROBLEMS[name].x
+    together, stats = solve(name, x, method=method, full_output=True)
+    for i in range(len(x)):
+        alone, course = solve(name, x[i : i + 1], method=method, full_output=True)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-11, atol=1e-11)
+        assert abs(int(stats.iterations[i] - course.iterations)) <= 1  # rounding of a batched product
+    assert bool(stats.converged.all()) and stats.evaluations == int(stats.iterations.max())
+
+
+@pytest.mark.parametrize("rho", [0.5, 0.05])
+def test_one_step_errs_by_the_contraction_factor(rho):
+    x = torch.ones(2, 1, dtype=F64)
+
+    def slope(how):
+        def solution(x):
+            return fixed_point(lambda z, x: rho * z + x, torch.zeros_like(x), (x,), differentiate=how)
+
+        leaf = x.clone().requires_grad_()
+        (reverse,) = torch.autograd.grad(solution(leaf).sum(), leaf)
+        _, forward = dn.jvp(solution, (x,), (torch.ones_like(x),))
+        torch.testing.assert_close(forward, reverse)
+        return forward
+
+    error = (slope("one_step") - slope("implicit")) / slope("implicit")
+    torch.testing.assert_close(error, torch.full_like(error, -rho))
+    with pytest.raises(UnsupportedOpError, match="first derivatives only"):
+        dn.hessian(lambda x: fixed_point(lambda z, x: z / 2 + x, x, (x,), differentiate="one_step").sum(), x)
+
+
+@pytest.mark.parametrize("method", ["anderson", "picard"])
+@pytest.mark.parametrize("name", ["cosine", "tanh"])
+def test_unrolled_agrees(name, method):
+    x, v = PROBLEMS[name].x, torch.randn(2, 3, 4, dtype=F64)
+    implicit, unrolled = (
+        dn.jvp(lambda x, how=how: solve(name, x, method=method, differentiate=how), (x,), (v,))[1]
+        for how in ("implicit", "unroll")
+    )
+    torch.testing.assert_close(unrolled, implicit, rtol=1e-6, atol=1e-6)
+
+
+def test_healthy_samples_can_be_had():
+    growth = torch.tensor([[0.3], [2.0], [0.1]], dtype=F64)
+
+    def solution(g, how):
+        start = torch.zeros(3, 1, dtype=F64)
+        return fixed_point(lambda z, g: g * z.abs() + 1, start, (g,), "picard", max_steps=60, on_failure=how)
+
+    z, dz = dn.jvp(lambda g: solution(g, "nan"), (growth,), (torch.ones_like(growth),))
+    torch.testing.assert_close(z[[0, 2]], 1 / (1 - growth[[0, 2]]))
+    torch.testing.assert_close(dz[[0, 2]], 1 / (1 - growth[[0, 2]]) ** 2)
+    assert z[1].isnan() and dz[1].isnan()
+    assert bool(solution(growth, "last").isfinite().all())
+
+
+@pytest.mark.parametrize("jacobian", ["dense", "krylov"])
+def test_torch_func(jacobian):
+    x = PROBLEMS["tanh"].x
+
+    def total(x):
+        return solve("tanh", x, jacobian=jacobian).square().sum()
+
+    gradient = torch.autograd.functional.jacobian(total, x)
+    torch.testing.assert_close(torch.func.grad(total)(x), gradient)
+    torch.testing.assert_close(torch.func.jacfwd(total)(x), gradient)
+    many = torch.stack([x, x.flip(0)])
+    torch.testing.assert_close(torch.vmap(torch.func.grad(total))(many)[0], gradient)
+    torch.testing.assert_close(torch.func.hessian(total)(x), torch.func.jacrev(torch.func.jacrev(total))(x))
+
+
 def test_the_start_does_not_matter_to_the_derivative():
     x = PROBLEMS["cosine"].x.clone().requires_grad_()
     start = torch.zeros_like(x).requires_grad_()
@@ -144,13 +262,13 @@ def test_an_empty_batch():
 
 def test_samples_that_do_not_converge_are_named():
     growth = torch.tensor([[0.3], [2.0], [0.1], [3.0]], dtype=F64)
-    with pytest.raises(ConvergenceError, match=r"in 30 steps for 2 of 4 samples \(first: \[1, 3\]\).*tolerance 1e-09"):
+    with pytest.raises(ConvergenceError, match=r"2 of 4 samples \(first: \[1, 3\]\).*tolerance 1e-09.*contract"):
         fixed_point(lambda z, g: g * z.abs() + 1, torch.zeros(4, 1, dtype=F64), (growth,), tol=1e-9, max_steps=30,
                     memory=1)  # fmt: skip
 
 
 def test_a_nan_is_no_convergence():
-    with pytest.raises(ConvergenceError, match=r"for 1 of 2 samples \(first: \[1\]\).*nan"):
+    with pytest.raises(ConvergenceError, match=r"1 of 2 samples \(first: \[1\]\).*nan"):
         x = torch.tensor([[1.0], [float("nan")]])
         fixed_point(lambda z, x: z / 2 + x, torch.zeros(2, 1), (x,), max_steps=60)
 
@@ -163,7 +281,7 @@ def test_mixing_of_samples_is_refused(mode):
     def fn(z, x):
         return 0.1 * norm(z + x) + x
 
-    with pytest.raises(StructureError, match="mixes samples"):
+    with pytest.raises(StructureError, match="mix samples"):
         if mode == "reverse":
             fixed_point(fn, torch.zeros_like(x), (x,)).sum().backward()
         else:
@@ -176,7 +294,11 @@ BAD = {
     "steps": (DualInputError, "got 0, 5", lambda: fixed_point(torch.cos, torch.zeros(1, 1), max_steps=0)),
     "memory": (DualInputError, "got 9, 0", lambda: fixed_point(torch.cos, torch.zeros(1, 1), max_steps=9, memory=0)),
     "tolerance": (DualInputError, "-1", lambda: fixed_point(torch.cos, torch.zeros(1, 1), tol=-1)),
-    "size": (DualInputError, "2049 unknowns", lambda: fixed_point(torch.cos, torch.zeros(1, 2049))),
+    "dtype": (DualInputError, "int64", lambda: fixed_point(torch.cos, torch.zeros(1, 1, dtype=torch.int64))),
+    "method": (UnknownNameError, "anderson", lambda: fixed_point(torch.cos, torch.zeros(1, 1), method="andersen")),
+    "jacobian": (UnknownNameError, "krylov", lambda: fixed_point(torch.cos, torch.zeros(1, 1), jacobian="krilov")),
+    "differentiate": (UnknownNameError, "unroll", lambda: fixed_point(torch.cos, torch.zeros(1, 1), differentiate="u")),
+    "on_failure": (UnknownNameError, "nan", lambda: fixed_point(torch.cos, torch.zeros(1, 1), on_failure="none")),
 }  # fmt: skip
 
 

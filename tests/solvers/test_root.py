@@ -35,9 +35,19 @@ def differences(fn, x, v, h=1e-3):
     return (8 * (fn(x + h * v) - fn(x - h * v)) - (fn(x + 2 * h * v) - fn(x - 2 * h * v))) / (12 * h)
 
 
+WAYS = {
+    "newton": {},
+    "broyden": {"method": "broyden"},
+    "newton, krylov": {"jacobian": "krylov"},
+    "newton, banded": {"jacobian": "banded", "bandwidth": (9, 9)},
+}
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+@ways
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_the_equations_hold(name):
-    x, stats = solve(name, full_output=True)
+def test_the_equations_hold(name, way):
+    x, stats = solve(name, full_output=True, **WAYS[way])
     system = SYSTEMS[name]
     assert x.shape == system.start.shape
     residual = system.fn(x, *system.args)
@@ -47,14 +57,15 @@ def test_the_equations_hold(name):
         torch.testing.assert_close(x, system.solution(*system.args).expand_as(x), rtol=1e-12, atol=1e-12)
 
 
+@ways
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_forward_equals_reverse_equals_differences(name):
+def test_forward_equals_reverse_equals_differences(name, way):
     system = SYSTEMS[name]
     arg = system.args[-1]
     v = torch.randn(3, *arg.shape, dtype=F64, generator=torch.Generator().manual_seed(0)) * arg.abs().clamp_max(1e-1)
 
     def solution(a):
-        return solve(name, *system.args[:-1], a)
+        return solve(name, *system.args[:-1], a, **WAYS[way])
 
     x, dx = dn.jvp(solution, (arg,), (v,))
     leaf = arg.clone().requires_grad_()
@@ -64,6 +75,32 @@ def test_forward_equals_reverse_equals_differences(name):
     torch.testing.assert_close((dx * weight).flatten(1).sum(1), by_reverse, rtol=1e-10, atol=1e-10)
     measured = differences(solution, arg, v[0], 1e-4)
     torch.testing.assert_close(dx[0], measured, rtol=1e-6, atol=1e-6 * float(measured.abs().max()))
+
+
+@ways
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_second_order_every_way(name, way):
+    *rest, arg = SYSTEMS[name].args
+    v = torch.ones_like(arg)
+
+    def solution(a):
+        return solve(name, *rest, a, **WAYS[way])
+
+    def slope(a):
+        leaf = a.clone().requires_grad_()
+        return torch.autograd.grad(solution(leaf).sum(), leaf)[0]
+
+    leaf = arg.clone().requires_grad_()
+    (first,) = torch.autograd.grad(solution(leaf).sum(), leaf, create_graph=True)
+    (reverse,) = torch.autograd.grad((first * v).sum(), leaf)
+    (mixed,) = torch.autograd.grad(dn.jvp(solution, (leaf,), (v,))[1].sum(), leaf)
+    measured = differences(slope, arg, v, 1e-6 if name == "powell" else 1e-4)  # powell has no root at p < (…, 1)
+    for ours in (reverse, mixed):
+        torch.testing.assert_close(ours, measured, rtol=1e-5, atol=1e-6 * float(measured.abs().max()) + 1e-10)
+    twice = dn.jvp(lambda a: dn.jvp(solution, (a,), (v,))[1], (arg,), (v,))[1]
+    torch.testing.assert_close(twice.sum(), reverse.sum(), rtol=1e-8, atol=1e-8)
+    _, over = torch.func.jvp(torch.func.grad(lambda a: solution(a).sum()), (arg,), (v,))
+    torch.testing.assert_close(over, reverse, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("start", [0.1, 0.63, 1.0, 3.0, 10.0])
@@ -138,9 +175,12 @@ class TestOrders:
 
 
 class TestTransforms:
-    def test_torch_func(self):
+    @pytest.mark.parametrize("start", ["a constant", "from the argument"])
+    @ways
+    def test_torch_func(self, way, start):
         def solution(M):
-            return kepler(e, M)
+            x0 = torch.ones(1, dtype=F64) if start == "a constant" else torch.ones_like(M)
+            return root(SYSTEMS["kepler"].fn, x0, (e, M), **WAYS[way])
 
         expected = torch.tensor([[KEPLER[1]]], dtype=F64)
         for transform in (torch.func.jacrev, torch.func.jacfwd):
@@ -149,6 +189,9 @@ class TestTransforms:
         torch.testing.assert_close(second, torch.tensor([KEPLER[3]], dtype=F64), rtol=1e-11, atol=0)
         many = torch.tensor([[0.1], [0.5]], dtype=F64)
         torch.testing.assert_close(torch.vmap(solution)(many), torch.stack([solution(m) for m in many]))
+        slopes = torch.vmap(torch.func.grad(lambda m: solution(m).sum()))(many)
+        torch.testing.assert_close(slopes, torch.stack([torch.func.jacrev(solution)(m)[0] for m in many]))
+        torch.testing.assert_close(torch.func.hessian(lambda m: solution(m).sum())(M)[0], second, rtol=1e-10, atol=0)
 
     def test_nested_jvp_of_torch_is_refused(self):
         def once(M):
@@ -172,22 +215,24 @@ class TestTransforms:
 
 
 class TestBatches:
-    def test_a_sample_does_not_know_its_neighbours(self):
-        system = SYSTEMS["kepler, many"]
-        together, stats = solve("kepler, many", full_output=True)
+    @ways
+    def test_a_sample_does_not_know_its_neighbours(self, way):
+        system, options = SYSTEMS["kepler, many"], {**WAYS[way], "full_output": True}
+        together, stats = solve("kepler, many", **options)
         for i in range(5):
-            alone, course = root(system.fn, system.start[i], (system.args[0], system.args[1][i]), full_output=True)
-            torch.testing.assert_close(together[i], alone, rtol=0, atol=0)
+            alone, course = root(system.fn, system.start[i], (system.args[0], system.args[1][i]), **options)
+            torch.testing.assert_close(together[i], alone, rtol=1e-15, atol=0)
             assert stats.iterations[i] == course.iterations
 
-    def test_a_failed_sample_leaves_the_others(self):
+    @ways
+    def test_a_failed_sample_leaves_the_others(self, way):
         a = torch.tensor([[4.0], [-1.0], [9.0]], dtype=F64)
 
         def square(x, a):
             return x * x - a
 
         def solutions(a, how):
-            return root(square, torch.full_like(a, 3.0), (a,), on_failure=how, max_steps=40)
+            return root(square, torch.full_like(a, 3.0), (a,), on_failure=how, max_steps=40, **WAYS[way])
 
         with pytest.raises(ConvergenceError, match=r"1 of 3 samples \(first: \[1\]\)"):
             solutions(a, "raise")
@@ -202,6 +247,28 @@ class TestBatches:
         assert stats.iterations.shape == stats.residual.shape == (5,)
         assert stats.jacobians == stats.iterations.max()
         assert stats.evaluations > stats.jacobians
+
+
+class TestBroyden:
+    @pytest.mark.parametrize("name", SYSTEMS)
+    def test_forms_fewer_jacobians(self, name):
+        counts = [solve(name, method=m, full_output=True)[1].jacobians for m in ("broyden", "newton")]
+        assert counts[0] == 1 if name not in ("rosenbrock", "powell") else counts[0] < counts[1]
+
+    def test_a_batch_of_different_systems(self):
+        """Samples that need fresh Jacobians at other times, beside one that needs none."""
+        starts = torch.tensor([[-1.2, 1.0], [1.0, 1.0], [3.0, -2.0]], dtype=F64)
+        system = SYSTEMS["rosenbrock"]
+        together, stats = root(system.fn, starts, system.args, "broyden", full_output=True)
+        torch.testing.assert_close(together, torch.ones(3, 2, dtype=F64), rtol=1e-12, atol=0)
+        for start, iterations in zip(starts, stats.iterations, strict=True):
+            assert root(system.fn, start, system.args, "broyden", full_output=True)[1].iterations == iterations
+
+    def test_unrolled_agrees(self):
+        def slope(how):
+            return dn.jvp(lambda M: kepler(e, M, method="broyden", differentiate=how), (M,), (ONE,))[1]
+
+        torch.testing.assert_close(slope("unroll"), slope("implicit"), rtol=1e-6, atol=0)
 
 
 class TestChoices:
@@ -297,3 +364,10 @@ class TestErrors:
         torch.testing.assert_close(dn.jvp(lambda a: root(cut, ONE, (a,)), (4 * ONE,), (ONE,))[1], ONE / 4)
         with pytest.raises(TangentLostError, match="no_grad"):
             root(cut, ONE, (leaf,)).backward()
+        with pytest.raises(TangentLostError, match="no_grad"):  # reverse over forward: never a silent zero
+            dn.jvp(lambda a: root(cut, ONE, (a,)), (leaf,), (ONE,))[1].backward()
+
+    def test_a_start_that_is_the_solution(self):
+        leaf = (4 * ONE).requires_grad_()
+        x = root(lambda x, a: x * x - a, 2 * ONE, (leaf,))
+        torch.testing.assert_close(torch.autograd.grad(x, leaf)[0], ONE / 4)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dualnn.engine.generic import elementwise, operands
 from dualnn.engine.registry import Sample, unsupported
+from dualnn.engine.scaling import one_minus_square
 from dualnn.engine.tangents import Tangent
 
 SQRT_PI = math.sqrt(math.pi)
@@ -99,7 +100,7 @@ elementwise(
 elementwise("atan", lambda x, y: 1 / (1 + x * x), also=[torch.arctan, Tensor.arctan])
 elementwise("sinh", lambda x, y: torch.cosh(x))
 elementwise("cosh", lambda x, y: torch.sinh(x))
-elementwise("tanh", lambda x, y: 1 - y * y)
+elementwise("tanh", lambda x, y: one_minus_square(y))
 elementwise("asinh", lambda x, y: torch.rsqrt(1 + x * x), also=[torch.arcsinh, Tensor.arcsinh])
 elementwise(
     "acosh", lambda x, y: torch.rsqrt(x * x - 1), low=1.3, high=4.0, singular=True, also=[torch.arccosh, Tensor.arccosh]

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualnn.engine.by_parts import of_kind, samples_of
 from dualnn.engine.dual_tensor import DualTensor, count, make, primal_of, split, top_level
 from dualnn.engine.generic import every, last, operands, pushforward
-from dualnn.engine.inplace import link_view, write
+from dualnn.engine.inplace import write
 from dualnn.engine.registry import OpSpec, Sample, register, unsupported
 from dualnn.engine.tangents import Dense, Tangent, Zero, aligned
+from dualnn.engine.views import link_view, shows
 
 Rand = Callable[..., Tensor]
 
@@ -70,7 +72,12 @@ register(Tensor.__getitem__, rule=_getitem, spec=OpSpec("getitem", Tensor.__geti
 
 def _setitem(func: Callable, args: tuple, kwargs: dict) -> None:
     x, index, value = args
-    write(x, _written(x, _index_tuple(index), value), func) if isinstance(x, DualTensor) else write(x, value, func)
+    if not isinstance(x, DualTensor):
+        write(x, value, func)
+    index = _index_tuple(index)
+    if shows(x, index, value):
+        return  # the last step of x[i] += v: value is the view x[i], and already holds the sum
+    write(x, _written(x, index, value), func)
 
 
 def _written(x: DualTensor, index: tuple, value: Any) -> DualTensor:
@@ -85,7 +92,8 @@ def _written(x: DualTensor, index: tuple, value: Any) -> DualTensor:
     if x._tan.is_zero and tv is None:
         return make(primal, x._tan, level)
     num = count(level, (x, value))
-    tangent = x.tangent.clone()
+    batch = samples_of(x._tan, tv)
+    tangent = (torch.zeros((num, *x.shape), dtype=x.dtype, device=x.device) if x._tan.is_zero else x.tangent).clone()
     if tv is None:
         fill: Tensor = torch.zeros((), dtype=x.dtype, device=x.device).expand(num)
     else:
@@ -98,7 +106,7 @@ def _written(x: DualTensor, index: tuple, value: Any) -> DualTensor:
         for k, row in enumerate(rows):
             row[index] = fill[k]
         tangent = torch.stack(rows)
-    return make(primal, Dense(tangent), level)
+    return make(primal, of_kind(tangent, batch), level)
 
 
 def _holding(x: Tensor, value: Any) -> Tensor:

@@ -206,7 +206,8 @@ def _overwrite(name: str) -> None:
         source = args[1]
         if not isinstance(source, Tensor):
             source = torch.full_like(target._primal, source)
-        return write(target, source.to(target.dtype).expand(target.shape), func)
+        # A copy: the source may be overwritten afterwards.
+        return write(target, source.to(target.dtype).expand(target.shape).clone(), func)
 
     register(*spellings(name), rule=rule)
 

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualnn.engine.generic import every, operands, pushforward
-from dualnn.engine.registry import Sample
-from dualnn.engine.tangents import Tangent
+from dualnn.engine.decompose import decomposition
+from dualnn.engine.dual_tensor import DualTensor, count, make, primal_of, top_level
+from dualnn.engine.generic import every, pushforward
+from dualnn.engine.registry import Sample, unsupported
+from dualnn.engine.tangents import Zero
 
 for _name, _sample in (
     ("max_unpool2d", lambda r: [Sample((r(1, 1, 2, 2), torch.tensor([[[[0, 3], [8, 10]]]]), (4, 4)))]),
@@ -25,29 +27,30 @@ for _name, _sample in (
     )
 
 
-@operands("as_strided_scatter", lambda r: [Sample((r(3, 3), r(2, 2), (2, 2), (3, 1), 1))])
+@decomposition(
+    "as_strided_scatter",
+    torch.as_strided_scatter,
+    samples=lambda r: [
+        Sample((r(3, 3), r(2, 2), (2, 2), (3, 1), 1)),
+        Sample((r(3, 3).T, r(2), (2,), (4,))),
+    ],
+    # Torch's own gradient in the first argument is wrong (it goes to the entries that are overwritten): the value is
+    # written here, so that it is not what autograd records over a dual.
+    own_value=False,
+    reverse=False,
+)
 def _as_strided_scatter(
-    y: Tensor, t: dict, input: Tensor, src: Tensor, size: Any, stride: Any, storage_offset: int | None = None
-) -> Tangent | None:
-    some = t["input"] or t["src"]
-
-    def each(name: str, like: Tensor) -> Tensor:
-        return torch.zeros((some.num, *like.shape), dtype=y.dtype) if t[name] is None else t[name].dense()
-
-    base, source = each("input", input), each("src", src)
-    if input.dim() and not input.is_contiguous():
-        base = base.contiguous()
-    moved = [
-        torch.as_strided_scatter(_laid_out(b, input), s, size, stride, storage_offset)
-        for b, s in zip(base, source, strict=True)
-    ]
-    return some.map(lambda _: torch.stack(moved) if moved else base.new_zeros((0, *y.shape)))
-
-
-def _laid_out(d: Tensor, x: Tensor) -> Tensor:
-    """A direction in the memory layout of the value, which ``as_strided`` counts in."""
-    if d.stride() == x.stride():
-        return d.clone()
-    out = torch.empty_strided(x.shape, x.stride(), dtype=d.dtype, device=d.device)
-    out.copy_(d)
+    input: Tensor, src: Tensor, size: Any, stride: Any, storage_offset: int | None = None
+) -> Tensor:
+    plain = primal_of(input)
+    extent = 1 + sum((n - 1) * step for n, step in zip(plain.shape, plain.stride(), strict=True))
+    if plain.numel() and extent != plain.numel():
+        raise unsupported(torch.as_strided_scatter, "has no dual rule for a tensor with gaps: .clone() it first")
+    # The offset counts in the memory that the input is part of; the clone is a memory of its own.
+    start = 0 if storage_offset is None else storage_offset - int(plain.storage_offset())
+    out = input.clone()
+    level = top_level((input, src))
+    if not isinstance(out, DualTensor) or out._level < level:
+        out = make(out, Zero(count(level, (input, src))), level)
+    out.as_strided(size, stride, start).copy_(src)
     return out

@@ -1,0 +1,140 @@
+r"""A whole root, a few Newton steps and the derivative at their end, as one compiled program.
+
+Small systems solved millions of times spend their time between operations, not in them. So a fixed number of undamped
+Newton steps (held where a sample has arrived) and :math:`\dot x = -F_x^{-1} F_p \dot p` are recorded as one straight
+program of tensor operations, which `dualnn.compile` makes a single C++ function. The program also says whether this was
+enough: every step satisfied the line search with its full length, and the end its tolerance. Where it was not, the
+ordinary solver takes over, so results do not depend on the speculation.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualnn.engine.compiling import Compiled, compile
+from dualnn.engine.dual_tensor import count, make, primal_of, split, top_level
+from dualnn.engine.tangents import Zero
+from dualnn.engine.transforms import push
+from dualnn.solvers.factors import block_jacobian
+from dualnn.solvers.line_search import ARMIJO
+from dualnn.solvers.newton import default_tolerance
+from dualnn.solvers.stats import Stats, Status
+
+STEPS = 4
+UNROLLED = 4  # elimination written out compiles to one kernel up to here; above, its compilation does not end
+# One C++ function without temporary arrays: the kernels are shorter than what Python needs to call them.
+OPTIONS = {"cpp_wrapper": True, "force_pointwise_cat": True}
+
+_programs: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def fused(
+    fn: Callable[..., Tensor], start: Tensor, args: Sequence[Any], tol: float | None
+) -> tuple[Tensor, Stats] | None:
+    """The solution with its derivative (one level of duals) and course, or None where the ordinary solver is needed.
+
+    Args:
+        fn: The residual; the same object in every call, with everything that varies among ``args``.
+        start: Plain.
+        args: Its further arguments.
+        tol: As for `root`.
+    """
+    program = _known(fn).get(tol)
+    if program is None:
+        # What a program cannot tell: wrong shapes, and samples that mix.
+        block_jacobian(lambda x: fn(x, *map(primal_of, args)), start)
+        program = _known(fn)[tol] = compile(_Program(fn, tol), options=OPTIONS)
+    ran, found = program.attempt((start, *args), {})
+    if not ran:
+        return None
+    x, iterations, residual, status, solved = found
+    return (x, Stats(iterations, residual, status, STEPS + 2, STEPS + 1)) if solved else None
+
+
+def _known(fn: Callable) -> dict[Any, Compiled]:
+    """The programs of ``fn``; they live as long as it does (a method: as long as its object)."""
+    if inspect.ismethod(fn):
+        return _programs.setdefault(fn.__self__, {}).setdefault(fn.__func__, {})
+    return _programs.setdefault(fn, {})
+
+
+class _Program:
+    """What is recorded. Holds ``fn`` weakly, for the table of programs must not keep it alive."""
+
+    def __init__(self, fn: Callable[..., Tensor], tol: float | None) -> None:
+        self.fn = weakref.WeakMethod(fn) if inspect.ismethod(fn) else weakref.ref(fn)
+        self.tol = tol
+        self.__name__ = self.__qualname__ = getattr(fn, "__qualname__", type(fn).__name__)
+
+    def __call__(self, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        fn = self.fn()
+        assert fn is not None, "a program is only used by calls that hold its function"
+        level = top_level(args)
+        parts = [split(a, level) for a in args]
+        primals = [p for p, _ in parts]
+        limit = default_tolerance(x) if self.tol is None else self.tol
+
+        def equations(u: Tensor) -> Tensor:
+            return fn(u, *primals)
+
+        f = equations(x)
+        solved = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        iterations = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
+        going = f.abs().amax(-1) > limit
+        for _ in range(STEPS):
+            f, jacobian = block_jacobian(equations, x, probe=False)
+            trial = x - solve(jacobian, f.unsqueeze(-1)).squeeze(-1)
+            value = equations(trial)
+            fell = (value * value).sum(-1) <= (f * f).sum(-1) * (1 - 2 * ARMIJO)
+            arrived = ~going
+            # A sample that has arrived takes one more step if that does not hurt, as in `newton`.
+            moves = going | ((value.abs().amax(-1) <= f.abs().amax(-1)) if self.tol is None else going)
+            solved = solved & (arrived | fell)
+            iterations = iterations + going
+            x, f = (torch.where(moves.unsqueeze(-1), a, b) for a, b in ((trial, x), (value, f)))
+            going = going & (f.abs().amax(-1) > limit)
+        residual = f.abs().amax(-1)
+        solved = (solved & (residual <= limit)).all()
+        course = iterations, residual, torch.full_like(iterations, Status.CONVERGED)
+        if not level:
+            return x, *course, solved
+        num = count(level, args)
+        _, tan = push(lambda *a: fn(x, *a), primals, [t for _, t in parts])
+        _, jacobian = block_jacobian(equations, x, probe=False)
+        if tan.is_zero:
+            return make(x, Zero(num), level), *course, solved
+        moved = tan.map(lambda t: -solve(jacobian, t.movedim(0, -1)).movedim(-1, 0))
+        return make(x, moved, level), *course, solved & torch.isfinite(moved.dense()).all()
+
+
+def solve(matrix: Tensor, rhs: Tensor) -> Tensor:
+    """Gaussian elimination with partial pivoting, written out if small.
+
+    Shape:
+        ``matrix: (*batch, n, n), rhs: (*batch, n, k) -> (*batch, n, k)``.
+    """
+    n = matrix.shape[-1]
+    if n > UNROLLED:
+        lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+        return torch.linalg.lu_solve(lu, pivots, rhs)
+    rows = [torch.cat([matrix[..., i, :], rhs[..., i, :]], -1) for i in range(n)]
+    for c in range(n):
+        for r in range(c + 1, n):  # the largest entry of the column comes up
+            larger = (rows[r][..., c].abs() > rows[c][..., c].abs()).unsqueeze(-1)
+            rows[c], rows[r] = torch.where(larger, rows[r], rows[c]), torch.where(larger, rows[c], rows[r])
+        for r in range(c + 1, n):
+            factor = (rows[r][..., c] / rows[c][..., c]).unsqueeze(-1)
+            rows[r] = rows[r] - factor * rows[c]
+    found: list[Tensor] = []
+    for i in reversed(range(n)):
+        right = rows[i][..., n:]
+        for j, x in zip(range(n - 1, i, -1), found, strict=True):
+            right = right - rows[i][..., j, None] * x
+        found.append(right / rows[i][..., i, None])
+    return torch.stack(found[::-1], -2)
