@@ -18,8 +18,10 @@ from dualnn.engine.errors import (
     UnsupportedOpError,
 )
 from dualnn.engine.gradcheck import GradcheckError, gradcheck
+from dualnn.engine.jacobians import jacobian
 from dualnn.engine.second_order import hessian, hvp, laplacian
-from dualnn.engine.transforms import jacobian, jvp
+from dualnn.engine.sparsity import Sparsity, detect
+from dualnn.engine.transforms import jvp
 
 __all__ = [
     "ConvergenceError",
@@ -28,12 +30,14 @@ __all__ = [
     "DualTensor",
     "DualnnError",
     "GradcheckError",
+    "Sparsity",
     "StructureError",
     "TangentLostError",
     "UnknownNameError",
     "UnsupportedOpError",
     "compile",
     "custom_dual",
+    "detect",
     "dual",
     "gradcheck",
     "hessian",

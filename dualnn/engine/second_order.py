@@ -11,9 +11,10 @@ from torch.utils import _pytree as pytree
 
 from dualnn.engine.dual_tensor import DualTensor, checked_tangent
 from dualnn.engine.errors import DualShapeError, UnsupportedOpError, unknown_name
+from dualnn.engine.jacobians import jacobian
 from dualnn.engine.jets import JetTensor, jet
 from dualnn.engine.levels import fresh_level
-from dualnn.engine.transforms import basis, jacobian, jvp
+from dualnn.engine.transforms import basis, jvp
 
 
 def hessian(fn: Callable, x: Tensor, chunk: int | None = None) -> Any:

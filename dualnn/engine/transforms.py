@@ -1,20 +1,18 @@
-r"""Transforms of functions: `jvp` and `jacobian`, by pushing dual tensors through them once."""
+r"""Transforms of functions: `jvp`, by pushing dual tensors through them once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dualnn.engine.dual_tensor import DualTensor, checked_tangent, make, seed
-from dualnn.engine.errors import DualShapeError, StructureError, UnsupportedOpError, unknown_name
+from dualnn.engine.errors import DualShapeError, UnsupportedOpError
 from dualnn.engine.levels import fresh_level
-from dualnn.engine.tangents import Dense, Tangent, Zero
-
-STRUCTURES = ("dense", "elementwise")
+from dualnn.engine.tangents import Tangent, Zero
 
 
 def push(fn: Callable, primals: Sequence[Any], tangents: Sequence[Tangent | None]) -> tuple[Any, Any]:
@@ -107,69 +105,3 @@ def basis(x: Tensor, start: int, stop: int) -> Tensor:
     rows = torch.zeros((stop - start, x.numel()), dtype=x.dtype, device=x.device)
     rows[torch.arange(stop - start), torch.arange(start, stop)] = 1
     return rows.reshape(stop - start, *x.shape)
-
-
-def jacobian(
-    fn: Callable,
-    x: Tensor,
-    structure: Literal["dense", "elementwise"] = "dense",
-    chunk: int | None = None,
-) -> Any:
-    r"""Jacobian :math:`\partial f / \partial x` by forward mode.
-
-    Args:
-        fn: Function of one tensor.
-        x: Where.
-        structure: ``"dense"`` pushes one direction per input. ``"elementwise"`` claims that output i depends on
-            input i only and pushes a single direction of ones; a second, random direction checks the claim.
-        chunk: Push at most this many directions at a time (dense).
-
-    Returns:
-        ``(*out.shape, *x.shape)`` for a dense Jacobian (a tuple, list or dict of them for such outputs), ``x.shape``
-        for an elementwise one.
-
-    Raises:
-        StructureError: The function is not elementwise.
-
-    Example:
-        >>> import torch, dualnn as dn
-        >>> dn.jacobian(lambda x: x.flip(0) * x, torch.tensor([2.0, 3.0]))
-        tensor([[3., 2.],
-                [3., 2.]])
-    """
-    if structure not in STRUCTURES:
-        raise unknown_name("structure", structure, STRUCTURES)
-    checked_tangent(x, x)
-    if structure == "elementwise":
-        return _elementwise_jacobian(fn, x)
-    size = x.numel()
-    step = max(size, 1) if chunk is None else chunk
-    if step < 1:
-        raise DualShapeError(f"chunk must be at least 1, got {chunk}")
-    pieces = []
-    for start in range(0, max(size, 1), step):
-        out, pushed = push(fn, (x,), [seed(basis(x, start, min(start + step, size)))])
-        leaves, spec = pytree.tree_flatten(out)
-        tans = pytree.tree_leaves(pushed, is_leaf=lambda t: t is None)
-        pieces.append([dense_of(t, v) for t, v in zip(tans, leaves, strict=True)])
-    columns = [None if part[0] is None else torch.cat(part) for part in zip(*pieces, strict=True)]
-    jacobians = [None if c is None else c.movedim(0, -1).reshape((*c.shape[1:], *x.shape)) for c in columns]
-    return pytree.tree_unflatten(jacobians, spec)
-
-
-def _elementwise_jacobian(fn: Callable, x: Tensor) -> Tensor:
-    # Rademacher from a generator of its own: a check must not move the caller's random stream.
-    signs = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(0)).mul(2).sub(1)
-    signs = signs.to(device=x.device, dtype=x.dtype)
-    out, tan = push(fn, (x,), [Dense(torch.stack([torch.ones_like(signs), signs]))])
-    if not isinstance(out, Tensor) or out.shape != x.shape:
-        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise StructureError(f"an elementwise function maps {tuple(x.shape)} to itself, this one returned {shape}")
-    slope, probe = dense_of(tan, out)  # type: ignore[misc]
-    if not torch.allclose(probe, slope * signs, rtol=1e-3, atol=0, equal_nan=True):
-        worst = (probe - slope * signs).abs().max()
-        raise StructureError(
-            f"the function is not elementwise: along a random direction its derivative differs by {float(worst):.3g} "
-            "from an elementwise one. Use structure='dense'."
-        )
-    return slope

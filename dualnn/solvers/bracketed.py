@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dualnn.engine.dual_tensor import primal_of
 from dualnn.engine.errors import DualInputError, SingularMatrixError, StructureError, UnsupportedOpError
-from dualnn.engine.transforms import jacobian
+from dualnn.engine.jacobians import jacobian
 from dualnn.solvers.factors import same_shape
 from dualnn.solvers.implicit import Problem, implicit
 from dualnn.solvers.stats import OnFailure, Stats, Status, settle

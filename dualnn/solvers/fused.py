@@ -104,11 +104,13 @@ class _Program:
         course = iterations, residual, torch.full_like(iterations, Status.CONVERGED)
         if not level:
             return x, *course, solved
-        num = count(level, args)
+        none = make(x, Zero(count(level, args)), level), *course, solved
+        if all(t is None for _, t in parts):
+            return none
         _, tan = push(lambda *a: fn(x, *a), primals, [t for _, t in parts])
-        _, jacobian = block_jacobian(equations, x, probe=False)
         if tan.is_zero:
-            return make(x, Zero(num), level), *course, solved
+            return none
+        _, jacobian = block_jacobian(equations, x, probe=False)
         moved = tan.map(lambda t: -solve(jacobian, t.movedim(0, -1)).movedim(-1, 0))
         return make(x, moved, level), *course, solved & torch.isfinite(moved.dense()).all()
 
