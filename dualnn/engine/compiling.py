@@ -113,6 +113,7 @@ class Compiled:
     def _traced(self, leaves: Sequence[Any], spec: Any, level: int, flat: list[Tensor], held: int) -> _Program | str:
         """The program for arguments like these, or why there is none; the last ``held`` tensors are the module's."""
         # Imported here: they cost a second, and most users never compile.
+        from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
         from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
         from torch.fx.experimental.proxy_tensor import make_fx
         from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -146,8 +147,11 @@ class Compiled:
             return "it draws random numbers, which a compiled program would draw differently"
         if self.backend == "inductor":
             # Without dynamo, whose guards cost 20 us a call: the key of the program guards all that can change.
-            with torch.no_grad():
-                program.call = torch._inductor.compile(graph, list(alike), options=self.options)
+            try:
+                with torch.no_grad():
+                    program.call = torch._inductor.compile(graph, list(alike), options=self.options)
+            except (InductorError, InvalidCxxCompiler, CppCompileError) as error:
+                return f"inductor could not build it ({str(error).strip().splitlines()[0]}; is there a C++ compiler?)"
         else:
             program.call = torch.compile(graph, dynamic=False, backend=self.backend, options=self.options)
         return program

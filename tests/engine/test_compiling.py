@@ -161,6 +161,17 @@ class TestFallbacks:
         with pytest.warns(CompileFallbackWarning, match="several levels"):
             torch.testing.assert_close(dn.jvp(inner, (x,), (torch.ones_like(x),))[1], 6 * x)
 
+    def test_no_compiler(self, monkeypatch):
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        def build(*args, **kwargs):
+            raise InvalidCxxCompiler
+
+        monkeypatch.setattr("torch._inductor.compile", build)
+        x = dual(3)
+        with pytest.warns(CompileFallbackWarning, match=r"C\+\+ compiler"):
+            same(dn.compile(torch.tanh)(x), torch.tanh(x))
+
     def test_unhashable_argument(self):
         with pytest.raises(DualInputError, match="hashable"):
             compiled(lambda x, s: x)(dual(3), {1, 2})
