@@ -27,6 +27,9 @@ _original: Any = Function.__dict__["apply"]
 def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     from dualnn.engine.dual_tensor import DualTensor  # levels, which imports this module, comes first
 
+    # Torch 2.11's checkpoint saves its inputs through a function without a value: there is nothing to lose.
+    if cls.__module__ == "torch.utils.checkpoint" and cls.__name__ == "_NoopSaveInputs":
+        return _original.__get__(None, cls)(*args, **kwargs)
     duals = [a for a in (*args, *kwargs.values()) if isinstance(a, DualTensor)]
     # Torch's own (reentrant checkpoint, module hooks) compute what they wrap; only the reverse graph would be lost.
     ours = not cls.__module__.startswith("torch.")

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -110,7 +111,9 @@ class Sparsity:
         """A sparse COO tensor ``(*out_shape, *in_shape)``."""
         index = [*torch.unravel_index(self.rows, self.out_shape), *torch.unravel_index(self.columns, self.in_shape)]
         size = (*self.out_shape, *self.in_shape)
-        return torch.sparse_coo_tensor(torch.stack(index), values, size, is_coalesced=True, check_invariants=False)
+        with warnings.catch_warnings():  # torch 2.11 warns of unchecked invariants though we ask for that by name
+            warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled", UserWarning)
+            return torch.sparse_coo_tensor(torch.stack(index), values, size, is_coalesced=True, check_invariants=False)
 
 
 def banded(bandwidth: tuple[int, int], x: Tensor, out_shape: torch.Size) -> Sparsity:

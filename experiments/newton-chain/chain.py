@@ -123,7 +123,7 @@ def resident() -> int:
 def living() -> int:
     """Bytes of all tensors that live now, each storage once."""
     gc.collect()
-    found = [t for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter)]
+    found = [t for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter) and t.layout is torch.strided]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found}.values())
 
 

@@ -91,6 +91,8 @@ def test_modules_are_right(name):
     ("kind", "first", "second"), [("ops", 0.98, 0.95), ("complex", 0.98, 0.95), ("modules", 0.98, 0.95)]
 )
 def test_the_committed_table_keeps_its_promises(kind, first, second):
+    if not committed(kind).exists():
+        pytest.skip(f"no table of {kind} is committed for this torch")
     rows = list(read(committed(kind)).values())
     assert len(rows) > 90
     for column, least in (("first", first), ("second", second)):
@@ -112,6 +114,8 @@ def test_a_rerun_agrees_with_the_committed_table(name):
 @pytest.mark.sweep  # many minutes, and a table for exactly this torch: run it after `dualnn conformance --write`
 @pytest.mark.parametrize("kind", ["ops", "complex", "modules", "boundary"])
 def test_a_full_rerun_agrees_with_the_committed_table(kind):
+    if not committed(kind).exists():
+        pytest.skip(f"no table of {kind} is committed for this torch")
     kept = read(committed(kind))
     rows = run(kind, torch_too=False)
     assert {r.name for r in rows} == set(kept)

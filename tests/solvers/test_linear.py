@@ -292,6 +292,66 @@ def test_repeated_and_vanishing_singular_values_are_named():
     assert u.tangent[..., 2].isnan().all() and u.tangent[..., :2].isfinite().all()
 
 
+@pytest.mark.parametrize(("norm", "order"), [(L.matrix_norm, "nuc"), (L.matrix_norm, 2), (L.norm, "nuc"), (L.norm, -2)])
+def test_second_derivatives_of_norms_of_repeated_singular_values_say_so(norm, order):
+    least = -1.0 if order == -2 else 1.0
+    A, t = torch.diag(torch.tensor([2.0 - least, 2.0, 2.0], dtype=REAL)), draw(3, 3)
+    nested = dn.dual(dn.dual(A, t), t)
+    with pytest.warns(DegenerateWarning, match="singular values . and . coincide"):
+        second = norm(nested, order).tangent.tangent
+    assert second.isnan().all()
+    apart = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=REAL)) @ (
+        torch.eye(3, dtype=REAL) + 0.1 * draw(3, 3, seed=1)
+    )
+    first = norm(dn.dual(A, t), order).tangent  # no warning
+    assert first.isfinite().all()
+    if order == "nuc":  # smooth, though its parts are not
+        close(first[0], five_point(lambda h: [norm(A + h * t, order)])[0], 1e-8)
+    second = norm(dn.dual(dn.dual(apart, t), t), order).tangent.tangent  # no warning where they are apart
+    slope = five_point(lambda h: [norm(dn.dual(apart + h * t, t), order).tangent])[0]
+    close(second.reshape(-1), slope.reshape(-1), 1e-7)
+
+
+@pytest.mark.parametrize("order", ["nuc", 2, -2])
+@pytest.mark.parametrize(("dim", "keepdim"), [((0, 2), False), ((-1, 0), True), ((2, 1), True)])
+def test_norms_of_singular_values_in_any_two_dimensions(order, dim, keepdim):
+    A, t = draw(3, 2, 4), draw(3, 2, 4, seed=1)
+    norm = L.matrix_norm(dn.dual(A, t), order, dim, keepdim)
+    assert torch.equal(norm.primal, L.matrix_norm(A, order, dim, keepdim))
+    close(norm.tangent[0], five_point(lambda h: [L.matrix_norm(A + h * t, order, dim, keepdim)])[0], 1e-8)
+
+
+def test_repeated_eigenvalues_of_a_general_matrix_are_named_and_the_others_stay_exact():
+    basis = regular(4, 4)
+    A = basis @ torch.diag(torch.tensor([1.0, 2.0, 2.0, 5.0], dtype=REAL)) @ L.inv(basis)
+    A, t = torch.stack([regular(4, 4) * 2, A]), draw(2, 4, 4, seed=2)
+    with pytest.warns(DegenerateWarning, match="eigenvalues . and . of sample 1 coincide"):
+        values, vectors = L.eig(dn.dual(A, t))
+    alike = (values.primal[1] - 2).abs() < 1e-8
+    assert alike.sum() == 2
+    lost = vectors.tangent[0].isnan().all(-2)
+    assert lost[1].tolist() == alike.tolist() and not lost[0].any()
+    v, dv, de = vectors.primal[1], vectors.tangent[0, 1], values.tangent[0, 1]
+    exact = A[1].to(v) @ dv + t[1].to(v) @ v - dv * values.primal[1] - v * de
+    assert exact[:, ~alike].abs().max() < 1e-10
+    close(L.eigvals(dn.dual(A, t)).tangent.sum(-1).real[0], t.diagonal(0, -2, -1).sum(-1), 1e-10)  # no warning
+    with pytest.warns(DegenerateWarning):  # the trace is linear: rounding made 8.0 of this
+        second = L.eigvals(dn.dual(dn.dual(A, t), t)).tangent.tangent.reshape(2, 4)
+    assert second[0].isfinite().all() and second[1].isnan().any()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_an_eigenvalue_without_an_eigenvector_has_no_derivative(turned):
+    A, basis = torch.tensor([[2.0, 1.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0]], dtype=REAL), regular(3, 3)
+    A = basis @ A @ L.inv(basis) if turned else A
+    with pytest.warns(DegenerateWarning, match="coincide"):
+        values, _ = L.eig(dn.dual(dn.dual(A, draw(3, 3)), draw(3, 3)))
+    block = (values.primal.primal - 2).abs() < 1e-6
+    assert block.sum() == 2
+    assert values.tangent.primal.reshape(3).isnan().tolist() == block.tolist()
+    assert values.tangent.tangent.reshape(3)[block].isnan().all()
+
+
 @pytest.mark.parametrize("dual", [False, True])
 def test_singular_matrices_raise_with_all_batch_indices(dual):
     A = regular(5, 3, 3)

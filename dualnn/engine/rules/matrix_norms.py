@@ -1,4 +1,8 @@
-"""``torch.linalg.norm``: what is a norm of entries goes to the vector norm, the rest to torch's reverse mode."""
+"""``torch.linalg.norm``: norms of entries are vector norms, norms of singular values go to `spectra`.
+
+Through the singular values the second derivatives at repeated ones are nan with a warning, as those of ``svdvals`` are;
+torch's reverse mode would leave the nan unexplained. The rest (sums of rows or columns) is torch's reverse mode's.
+"""
 
 from typing import Any
 
@@ -22,17 +26,30 @@ def _entrywise(x: Tensor, ord: Any, dim: Any) -> tuple[Any, Any] | None:
     return (2, dim) if ord == "fro" else None
 
 
+def _of_singular_values(x: Tensor, ord: Any, dim: Any, keepdim: bool) -> Tensor | None:
+    """The norms that are functions of the singular values, or None."""
+    if ord not in ("nuc", 2, -2):
+        return None
+    rows, columns = (d % x.dim() for d in ((-2, -1) if dim is None else dim))
+    values = L.svdvals(x.movedim((rows, columns), (-2, -1)))
+    out = values.sum(-1) if ord == "nuc" else values.amax(-1) if ord == 2 else values.amin(-1)
+    for d in sorted((rows, columns)) if keepdim else ():
+        out = out.unsqueeze(d)
+    return out
+
+
 def _rule(name: str, default: Any, default_dim: Any) -> None:
     op = getattr(L, name)
 
     def rule(func: Any, args: tuple, kwargs: dict) -> Tensor:
         named = dict(zip(("A", "ord", "dim", "keepdim"), args, strict=False)) | kwargs
         x = named["A"] if "A" in named else named["input"]
-        found = _entrywise(x, named.get("ord", default), named.get("dim", default_dim))
-        if found is None or named.get("dtype") is not None:
-            return reverse_rule(func, args, kwargs)
-        out = L.vector_norm(x, found[0], found[1], named.get("keepdim", False))
-        return with_values(func, args, kwargs, out)
+        ord, dim, keepdim = named.get("ord", default), named.get("dim", default_dim), named.get("keepdim", False)
+        out = None
+        if named.get("dtype") is None and named.get("out") is None:
+            found = _entrywise(x, ord, dim)
+            out = _of_singular_values(x, ord, dim, keepdim) if found is None else L.vector_norm(x, *found, keepdim)
+        return reverse_rule(func, args, kwargs) if out is None else with_values(func, args, kwargs, out)
 
     register(op, rule=rule)
 
