@@ -1,7 +1,7 @@
 """What every activation shares: input checks, per-channel parameters, precision; and what it brings for its tests."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,23 +33,47 @@ class Sample:
     step: float = 1e-3
 
 
+@dataclass(frozen=True)
+class Formula:
+    """Plain differentiable torch code of broadcasting arguments: autograd, duals and the compiler take it as it is.
+
+    Attributes:
+        fn: ``fn(x, *parameters) -> y``, elementwise.
+    """
+
+    fn: Callable[..., Tensor]
+
+
 def inverse_softplus(value: float) -> float:
     """The r with log(1 + exp(r)) = value, value > 0."""
     return value + math.log(-math.expm1(-value))
 
 
 # Solvers with data-dependent stops trace into dozens of small graphs: one clean graph break instead (60x quicker).
-@torch.compiler.disable
+_bridged = torch.compiler.disable(bridge.elementwise)
+
+
 def apply(local: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-    """Evaluate `local` through the autograd bridge: in float32 at least, the result in x's dtype.
+    """Evaluate `local`, by the autograd bridge unless it is a Formula: in float32 at least, the result in x's dtype.
 
     Args:
-        local: ClosedForm, Equation or Opaque.
+        local: ClosedForm, Equation, Opaque or Formula.
         x: Input.
         parameters: Broadcastable with x.
 
     Shape:
         x: (*) -> y: (*).
+
+    Raises:
+        DualInputError: x is not a floating-point tensor.
+    """
+    args = widened(x, *parameters)
+    y = local.fn(*args) if isinstance(local, Formula) else _bridged(local, *args)
+    return y if x.dtype == y.dtype else y.to(x.dtype)
+
+
+def widened(x: Tensor, *parameters: Tensor) -> list[Tensor]:
+    """All tensors in the widest of their dtypes and float32.
 
     Raises:
         DualInputError: x is not a floating-point tensor.
@@ -60,14 +84,13 @@ def apply(local: Any, x: Tensor, *parameters: Tensor) -> Tensor:
     compute = torch.float32
     for tensor in (x, *parameters):
         compute = torch.promote_types(compute, tensor.dtype)
-    y = bridge.elementwise(local, *(t if t.dtype == compute else t.to(compute) for t in (x, *parameters)))
-    return y if x.dtype == compute else y.to(x.dtype)
+    return [t if t.dtype == compute else t.to(compute) for t in (x, *parameters)]
 
 
 class Activation(nn.Module):
     """Base of the activations: y = local(x, *natural()), elementwise.
 
-    A subclass is data. It sets `local` (a ClosedForm, an Equation or an Opaque of `dualnn.engine.bridge`) and
+    A subclass is data. It sets `local` (a Formula, or a ClosedForm, an Equation or an Opaque of the bridge) and
     `natural`, which maps its unconstrained parameters to those that `local` takes; it gives `samples` to the
     standard tests; and it registers itself with `dualnn.activations.registry.register`. The bridge does the rest:
     backward, double backward, torch.func and dual inputs.
@@ -92,6 +115,9 @@ class Activation(nn.Module):
     #: The name under which it is registered (set by `register`).
     name: ClassVar[str] = ""
 
+    #: Whether every output depends on one input only.
+    elementwise: ClassVar[bool] = True
+
     def __init__(self, num_channels: int = 1) -> None:
         """Check and keep the number of channels."""
         super().__init__()
@@ -101,7 +127,7 @@ class Activation(nn.Module):
 
     @property
     def local(self) -> Any:
-        """How to get the value and the partial derivatives: a ClosedForm, an Equation or an Opaque."""
+        """How to get the value and the partial derivatives: a Formula, a ClosedForm, an Equation or an Opaque."""
         raise NotImplementedError
 
     def natural(self) -> tuple[Tensor, ...]:
@@ -120,6 +146,10 @@ class Activation(nn.Module):
     def per_channel(self, value: float) -> Tensor:
         """A new tensor of shape (num_channels,) filled with `value`."""
         return torch.full((self.num_channels,), float(value))
+
+    def per_channel_row(self, values: Sequence[float]) -> Tensor:
+        """A new tensor of shape (num_channels, len(values)): the same values for every channel."""
+        return torch.tensor([[float(v) for v in values]] * self.num_channels)
 
     def _spread(self, parameter: Tensor, x: Tensor) -> Tensor:
         """Shape a (num_channels,) parameter so that it broadcasts along x's channels."""

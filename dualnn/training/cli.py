@@ -1,4 +1,4 @@
-"""The command line: `dualnn fit | validate | test | predict | compare | doctor`."""
+"""The command line: `dualnn fit | validate | test | predict | compare | doctor | conformance | bench | zoo`."""
 
 import os
 import sys
@@ -22,6 +22,10 @@ usage: dualnn COMMAND [options]        (python -m dualnn COMMAND … is the same
              dualnn doctor --config configs/base.yaml --config configs/signal/auto.yaml
   conformance  check every derivative against PyTorch's own op and module databases
              dualnn conformance "nn.functional.*norm*"
+  zoo        draw every activation, its curve and its derivative, into one picture
+             dualnn zoo --out zoo.svg
+  bench      time the library beside torch.func, backprop and JAX, in one process
+             dualnn bench solvers/root
 
 Options of a command: dualnn COMMAND --help
 """
@@ -59,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from dualnn.training.compare import compare
 
             return compare(args[1:])
+        if args[0] == "bench":
+            from dualnn.bench.command import bench_command
+
+            return bench_command(args[1:])
         if args[0] == "conformance":
             from dualnn.conformance.command import check
 
@@ -67,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from dualnn.training.doctor_command import run_doctor
 
             return run_doctor(args[1:])
+        if args[0] == "zoo":
+            from dualnn.training.zoo_command import run_zoo
+
+            return run_zoo(args[1:])
         DualCLI(args)
         return 0
     except SystemExit as exit:  # argument parsers leave this way, with --help too

@@ -12,15 +12,17 @@ from dualnn.activations.base import Activation, Sample
 
 DIGITS = 30
 
+ELEMENTWISE = [name for name in activations.available() if activations.get_class(name).elementwise]
+
 EVERY_SAMPLE = pytest.mark.parametrize(
     ("name", "sample"),
     [
         pytest.param(name, sample, id=f"{name}({','.join(f'{k}={v}' for k, v in sample.options.items())})")
-        for name in activations.available()
+        for name in ELEMENTWISE
         for sample in activations.get_class(name).samples()
     ],
 )
-EVERY_NAME = pytest.mark.parametrize("name", activations.available())
+EVERY_NAME = pytest.mark.parametrize("name", ELEMENTWISE)
 
 
 def build(name: str, sample: Sample, dtype: torch.dtype = torch.float64) -> tuple[Activation, Tensor]:
