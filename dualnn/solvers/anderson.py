@@ -37,27 +37,32 @@ def anderson(
         The last value of ``fn``, and its `Stats`.
     """
     past: list[tuple[Tensor, Tensor]] = []
-    status = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-    iterations = torch.zeros_like(status)
+    iterations = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    running = torch.ones_like(iterations, dtype=torch.bool)
     value, worst, evaluations = z, torch.full_like(z[:, 0], torch.inf), 0
+    # A context costs as much as several of the kernels in it.
+    autocast = torch.is_autocast_enabled(z.device.type)
     while evaluations < max_steps:
         value = fn(z)
         evaluations += 1
         residual = value - z
         worst = residual.detach().abs().amax(1)
-        running = status == Status.RUNNING
         iterations = iterations + running
-        status = torch.where(running & ~torch.isfinite(worst), Status.NONFINITE, status)
-        status = torch.where(running & (worst <= tol), Status.CONVERGED, status)
-        running = status == Status.RUNNING
+        running = running & (worst > tol) & (worst < torch.inf)  # nan is neither
         if not bool(running.any()):
             break
         past = [*past, (value, residual)][-memory:]
-        with torch.autocast(z.device.type, enabled=False):
+        if autocast:
+            with torch.autocast(z.device.type, enabled=False):
+                following = _mixed(past)
+        else:
             following = _mixed(past)
         following = torch.where(torch.isfinite(following), following, value)
         z = torch.where(running.unsqueeze(1), following, z)
-    status = torch.where(status == Status.RUNNING, Status.MAX_STEPS, status)
+    # A sample that has stopped was held, so that its last residual is the one it stopped with.
+    status = torch.full_like(iterations, Status.CONVERGED)
+    status = torch.where(torch.isfinite(worst), status, Status.NONFINITE)
+    status = torch.where(running, Status.MAX_STEPS, status)
     return value, Stats(iterations, worst, status, evaluations, 0)
 
 
@@ -67,8 +72,8 @@ def _mixed(past: list[tuple[Tensor, Tensor]]) -> Tensor:
     if len(past) == 1:
         return value
     wide = torch.promote_types(value.dtype, torch.float32)  # torch has no linear algebra for half precision
-    dr = torch.stack([residual - r for _, r in past[:-1]], 2).to(wide)
-    dv = torch.stack([value - v for v, _ in past[:-1]], 2).to(wide)
+    dr = (residual.unsqueeze(2) - torch.stack([r for _, r in past[:-1]], 2)).to(wide)
+    dv = (value.unsqueeze(2) - torch.stack([v for v, _ in past[:-1]], 2)).to(wide)
     gram = dr.transpose(1, 2) @ dr
     ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(gram.dtype).tiny)
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)

@@ -3,8 +3,9 @@ r"""A whole root, a few Newton steps and the derivative at their end, as one com
 Small systems solved millions of times spend their time between operations, not in them. So a fixed number of undamped
 Newton steps (held where a sample has arrived) and :math:`\dot x = -F_x^{-1} F_p \dot p` are recorded as one straight
 program of tensor operations, which `dualnn.compile` makes a single C++ function. The program also says whether this was
-enough: every step satisfied the line search with its full length, and the end its tolerance. Where it was not, the
-ordinary solver takes over, so results do not depend on the speculation.
+enough: every step satisfied the line search with its full length, and the end its tolerance. It goes on from where it
+ended while its steps are those of the ordinary solver, which takes over otherwise; so results do not depend on the
+speculation.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dualnn.solvers.newton import default_tolerance
 from dualnn.solvers.stats import Stats, Status
 
 STEPS = 4
+TURNS = 8  # of the program, each from where the last one ended
 UNROLLED = 4  # elimination written out compiles to one kernel up to here; above, its compilation does not end
 # One C++ function without temporary arrays: the kernels are shorter than what Python needs to call them.
 OPTIONS = {"cpp_wrapper": True, "force_pointwise_cat": True}
@@ -50,11 +52,19 @@ def fused(
         # What a program cannot tell: wrong shapes, and samples that mix.
         block_jacobian(lambda x: fn(x, *map(primal_of, args)), start)
         program = _known(fn)[tol] = compile(_Program(fn, tol), options=OPTIONS)
-    ran, found = program.attempt((start, *args), {})
-    if not ran:
-        return None
-    x, iterations, residual, status, solved = found
-    return (x, Stats(iterations, residual, status, STEPS + 2, STEPS + 1)) if solved else None
+    iterations: Tensor | None = None
+    for turn in range(1, TURNS + 1):
+        ran, found = program.attempt((start, *args), {})
+        if not ran:
+            return None
+        x, taken, residual, status, solved, on_track = found
+        iterations = taken if iterations is None else iterations + taken
+        if solved:
+            return x, Stats(iterations, residual, status, turn * (STEPS + 1), turn * (STEPS + 1))
+        if not on_track:
+            return None
+        start = primal_of(x)  # so far these are the ordinary solver's steps: go on from here
+    return None
 
 
 def _known(fn: Callable) -> dict[Any, Compiled]:
@@ -100,11 +110,12 @@ class _Program:
             x, f = (torch.where(moves.unsqueeze(-1), a, b) for a, b in ((trial, x), (value, f)))
             going = going & (f.abs().amax(-1) > limit)
         residual = f.abs().amax(-1)
-        solved = (solved & (residual <= limit)).all()
+        on_track = solved.all()
+        solved = on_track & (residual <= limit).all()
         course = iterations, residual, torch.full_like(iterations, Status.CONVERGED)
         if not level:
-            return x, *course, solved
-        none = make(x, Zero(count(level, args)), level), *course, solved
+            return x, *course, solved, on_track
+        none = make(x, Zero(count(level, args)), level), *course, solved, on_track
         if all(t is None for _, t in parts):
             return none
         _, tan = push(lambda *a: fn(x, *a), primals, [t for _, t in parts])
@@ -112,7 +123,7 @@ class _Program:
             return none
         _, jacobian = block_jacobian(equations, x, probe=False)
         moved = tan.map(lambda t: -solve(jacobian, t.movedim(0, -1)).movedim(-1, 0))
-        return make(x, moved, level), *course, solved & torch.isfinite(moved.dense()).all()
+        return make(x, moved, level), *course, solved & torch.isfinite(moved.dense()).all(), on_track
 
 
 def solve(matrix: Tensor, rhs: Tensor) -> Tensor:

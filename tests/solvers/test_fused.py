@@ -111,12 +111,24 @@ class TestPrograms:
         model = Model()
         root(model.residual, ONE, (4 * ONE,), compile=True)
         before = model.calls
-        root(model.residual, ONE, (9 * ONE,), compile=True, on_failure="last")
+        x = root(model.residual, 100 * ONE, (900 * ONE,), compile=True)  # several turns of the program
+        torch.testing.assert_close(x, 30 * ONE)
+        assert model.calls == before
         assert fused._known(model.residual)[None].programs == 1
-        assert model.calls > before  # 9 is too far for the program: the ordinary solver evaluated it
-        after = model.calls
-        root(model.residual, 1.9 * ONE, (4 * ONE,), compile=True)
-        assert model.calls == after  # the program alone
+
+    def test_the_ordinary_solver_takes_over_only_where_it_must(self):
+        calls = []
+
+        def residual(x, m):
+            calls.append(1)
+            return torch.atan(x) - m
+
+        root(residual, 0.2 * ONE, (0.1 * ONE,), compile=True)
+        before = len(calls)
+        root(residual, 0.3 * ONE, (0.1 * ONE,), compile=True)
+        assert len(calls) == before
+        root(residual, 40 * ONE, (0.1 * ONE,), compile=True)  # full steps diverge from there
+        assert len(calls) > before
 
     def test_they_live_as_long_as_the_function(self):
         def equation(x, a):
