@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
-import inspect
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
-from dualnn import activations
 from dualnn.engine.errors import DualInputError
+from dualnn.layers.activation import make_activation
 
 Replacement = str | nn.Module | type[nn.Module] | Callable[[], nn.Module]
 
@@ -21,8 +19,10 @@ def replace(model: nn.Module, rules: Mapping[type[nn.Module], Replacement], wher
 
     Args:
         model: The model.
-        rules: For each type what takes its place: an activation's name, a module class, a function without arguments
-            that makes a module, or a module (deep-copied for every place, so that none share parameters).
+        rules: For each type what takes its place: the name of an activation (one of
+            `dualnn.activations.available()`, a class of ``torch.nn`` or a dotted path), a module class, a function
+            without arguments that makes a module, or a module (deep-copied for every place, so that none share
+            parameters).
         where: Only submodules whose qualified name matches this glob.
 
     Returns:
@@ -52,7 +52,7 @@ def replace(model: nn.Module, rules: Mapping[type[nn.Module], Replacement], wher
             if kind is None or not fnmatch.fnmatch(full, where):
                 continue
             if child not in made:  # a module used in two places stays one module
-                made[child] = _placed(_made(rules[kind]), child, model)
+                made[child] = _placed(_made(rules[kind], child), child, model)
             parent.add_module(child_name, made[child])
             found.append(full)
     if not found:
@@ -64,17 +64,12 @@ def replace(model: nn.Module, rules: Mapping[type[nn.Module], Replacement], wher
     return found
 
 
-def _made(replacement: Replacement) -> nn.Module:
-    if isinstance(replacement, str):
-        return activations.get(replacement)
-    if isinstance(replacement, nn.Module):
-        return copy.deepcopy(replacement)
-    if inspect.isclass(replacement) or callable(replacement):
-        module = replacement()
-        if isinstance(module, nn.Module):
-            return module
-        raise DualInputError(f"a replacement must make an nn.Module, {replacement!r} made {type(module).__name__}")
-    raise DualInputError(f"a replacement is a name, a module, a class or a function, got {replacement!r}")
+def _made(replacement: Replacement, old: nn.Module) -> nn.Module:
+    if not isinstance(replacement, (str, nn.Module)) and not callable(replacement):
+        raise DualInputError(f"a replacement is a name, a module, a class or a function, got {replacement!r}")
+    # An activation that learns for each channel goes on doing so; others take no channels.
+    channels = getattr(old, "num_channels", getattr(old, "num_parameters", 1))
+    return make_activation(replacement, channels if isinstance(channels, int) else 1)
 
 
 def _placed(new: nn.Module, old: nn.Module, model: nn.Module) -> nn.Module:

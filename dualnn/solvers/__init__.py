@@ -17,6 +17,7 @@ from dualnn.solvers.linear import (
     svd,
 )
 from dualnn.solvers.minimize import minimize
+from dualnn.solvers.ode import odeint
 from dualnn.solvers.root import root
 from dualnn.solvers.stats import Stats
 
@@ -32,6 +33,7 @@ __all__ = [
     "lstsq",
     "lu",
     "minimize",
+    "odeint",
     "pinv",
     "qr",
     "root",

@@ -1,4 +1,4 @@
-"""Every structure of `Dual`, and `FixedPoint`, in every place where a layer may be differentiated."""
+"""Every structure of `Dual` and every layer that solves for its output, wherever a layer may be differentiated."""
 
 import contextlib
 import copy
@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from dualnn.layers import Dual, FixedPoint
+from dualnn.layers import ArgMin, Dual, FixedPoint, LeastSquares, LinearSolve, Root
 from tests.layers.functions import Channels
 
 F64 = torch.float64
@@ -47,13 +47,92 @@ class Cell(nn.Module):
             self.inner.weight.copy_(torch.tensor([[0.2, -0.4, 0.1], [0.5, 0.3, -0.2], [0.0, 0.6, 0.1]]))
             self.inner.bias.copy_(torch.tensor([0.1, -0.3, 0.2]))
 
+    def half(self, z, x):
+        return 0.5 * torch.tanh(self.inner(z) + x)
+
     def forward(self, z, x=None):
         if x is not None:
-            return 0.5 * torch.tanh(self.inner(z) + x)
+            return self.half(z, x)
         x, z = z, torch.zeros_like(z)
         for _ in range(self.steps):
-            z = self.forward(z, x)
+            z = self.half(z, x)
         return z
+
+
+class Residual(Cell):
+    """Vanishes at the cell's fixed point."""
+
+    def forward(self, z, x=None):
+        return super().forward(z) if x is None else z - self.half(z, x)
+
+
+class Energy(Cell):
+    """Convex in z; the loop beside it is ten Newton steps that autograd records."""
+
+    def forward(self, z, x=None):
+        if x is not None:
+            return (torch.cosh(z).log() + 0.5 * (z - self.inner(x)).square()).sum(-1)
+        target, z = self.inner(z), torch.zeros_like(z)
+        for _ in range(self.steps):
+            t = torch.tanh(z)
+            z = z - (t + z - target) / (2 - t * t)
+        return z
+
+
+class Residuals(Energy):
+    """More residuals than unknowns, which do not vanish; half their squares is the cell's energy to be."""
+
+    def forward(self, z, x=None):
+        if x is not None:
+            return torch.cat([z - self.inner(x), torch.tanh(z)], -1)
+        target, z = self.inner(z), torch.zeros_like(z)
+        for _ in range(self.steps):
+            t = torch.tanh(z)
+            d = 1 - t * t
+            z = z - (z - target + t * d) / (1 + d * d - 2 * t * t * d)
+        return z
+
+
+class Learned(nn.Module):
+    """The inverse of a learned matrix, as autograd has it; or the matrices of a module."""
+
+    def __init__(self, spd=False):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.tensor([[2.0, 0.3, -0.1], [0.2, 1.5, 0.4], [-0.3, 0.1, 1.0]], dtype=F64))
+
+    def forward(self, b):
+        return b @ torch.linalg.inv(self.matrix).T
+
+
+class Scaled(nn.Module):
+    """A positive definite matrix for each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.basis = nn.Parameter(torch.tensor([[1.0, 0.3, -0.1], [0.2, 1.5, 0.4], [-0.3, 0.1, 1.0]], dtype=F64))
+
+    def forward(self, x):
+        return self.basis @ self.basis.T + torch.diag_embed(x * x)
+
+
+class OfItself(nn.Module):
+    """``LinearSolve`` whose matrix depends on the right-hand side; without it, the same by an inverse."""
+
+    def __init__(self, solver=None):
+        super().__init__()
+        self.layer = LinearSolve(Scaled(), "spd") if solver else Scaled()
+        self.solver = solver
+
+    def forward(self, x):
+        if self.solver:
+            return self.layer(x, x)
+        return (torch.linalg.inv(self.layer(x)) @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def learned():
+    layer = LinearSolve(3).double()
+    layer.load_state_dict(Learned().state_dict())
+    return layer
 
 
 # name: (the layer, the same function as autograd follows it)
@@ -64,7 +143,14 @@ LAYERS = {
     "auto": (lambda: Dual(Rolls([-1])), lambda: Rolls([-1], gradient=True)),
     "random": (lambda: Dual(Rolls([-1]), "random", tangents=2), lambda: Rolls([-1], gradient=True)),
     "fixed point": (lambda: FixedPoint(Cell()), lambda: Cell(steps=100)),
+    "root": (lambda: Root(Residual()), lambda: Residual(steps=100)),
+    "argmin": (lambda: ArgMin(Energy()), lambda: Energy(steps=10)),
+    "least squares": (lambda: LeastSquares(Residuals()), lambda: Residuals(steps=15)),
+    "linear solve": (learned, Learned),
+    "linear solve, spd": (lambda: OfItself(True), OfItself),
 }
+#: What the solver is told under autocast: bf16 converges no further.
+COARSE = ("fixed point", "root", "argmin", "least squares")
 EXACT = [name for name in LAYERS if name != "random"]
 
 
@@ -132,7 +218,7 @@ def test_checkpointing(name, reentrant):
 @pytest.mark.parametrize("name", LAYERS)
 def test_autocast(name):
     net, twin = (nets(name)[0].float() for _ in range(2))
-    if name == "fixed point":
+    if name in COARSE:
         net[1].tol = twin[1].tol = 1e-2  # bf16 converges no further
     x = batch().float()
     with torch.autocast("cpu", torch.bfloat16):
@@ -159,7 +245,7 @@ def test_copies(name, clone):
     assert_close(gradients(twin, batch()), gradients(net, batch()), tol=0)
     with torch.no_grad():
         for p in twin[1].parameters():
-            p.zero_()
+            p.mul_(0.5)  # zero would be a singular matrix
     twin(batch()).sum().backward()
     assert not torch.equal(twin(batch()), net(batch()))
     assert all(p.grad is None and p.abs().sum() for p in net.parameters())
@@ -227,7 +313,7 @@ def test_vmap_of_a_random_gradient_is_unbiased_and_its_rows_are_independent():
 @pytest.mark.parametrize("name", LAYERS)
 def test_names_in_the_state_dict_are_the_functions(name):
     layer = LAYERS[name][0]()
-    own = [k.split(".", 1)[1] for k, _ in layer.named_parameters()]
+    own = [k.split(".", 1)[-1] for k, _ in layer.named_parameters()]
     layer(batch())
     names = [k.split(".", 1)[-1] for k in layer.state_dict()]
     assert names == (["calls", *own] if name == "random" else own)
@@ -237,7 +323,7 @@ def test_names_in_the_state_dict_are_the_functions(name):
 def test_second_derivatives_after_autocast(name):
     """The second backward pass calls the function again, in the precision of its first call."""
     net, twin = (nets(name)[0].float() for _ in range(2))
-    if name == "fixed point":
+    if name in COARSE:
         net[1].tol = twin[1].tol = 1e-2
 
     def second(net, autocast):

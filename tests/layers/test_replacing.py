@@ -85,10 +85,20 @@ def test_nothing_matched(where):
         replace(model(), {nn.SiLU: "kepler"}, where=where)
 
 
+@pytest.mark.parametrize(
+    "kind", ["Tanh", "kepler", "torch.nn.Tanh", nn.Tanh, nn.Tanh(), lambda: nn.Tanh()], ids=lambda k: str(k)[:20]
+)
+def test_an_activation_is_a_name_a_class_an_instance_or_a_function(kind):
+    net = nn.Sequential(nn.Linear(2, 2), nn.GELU())
+    assert replace(net, {nn.GELU: kind}) == ["1"]
+    assert type(net[1]).__name__ == ("Kepler" if kind == "kepler" else "Tanh")
+    net(torch.randn(3, 2)).sum().backward()
+
+
 def test_bad_replacements():
     with pytest.raises(UnknownNameError, match="did you mean 'kepler'"):
         replace(model(), {nn.GELU: "keplr"})
-    with pytest.raises(DualInputError, match="made int"):
+    with pytest.raises(DualInputError, match="returns a torch.nn.Module"):
         replace(model(), {nn.GELU: int})
     with pytest.raises(DualInputError, match="got 3"):
         replace(model(), {nn.GELU: 3})

@@ -1,0 +1,5 @@
+"""Ordinary differential equations. One method a file."""
+
+from dualnn.solvers.ode.odeint import odeint
+
+__all__ = ["odeint"]

@@ -1,0 +1,128 @@
+r"""Derivatives of the discrete solution: every accepted step once more, on duals or recorded by autograd.
+
+The steps' sizes, orders and every decision are constants, so what comes out is the exact derivative of
+
+.. math:: y_{n+1} = \Phi_{h_n}(t_n, y_n, p),
+
+which is itself a consistent discretisation of the variational equations. Times move rigidly: with :math:`t_0` moves the
+whole grid, and a requested time moves along the interpolant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualnn.engine.dual_tensor import DualTensor, primal_of, top_level
+from dualnn.solvers.ode.control import Tolerance
+from dualnn.solvers.ode.field import Field
+from dualnn.solvers.ode.loop import Output, Step
+from dualnn.solvers.ode.method import Carry, Method, held
+
+
+def moving(t: Tensor) -> Tensor | None:
+    """Zero in value: how much every requested time moves; None where nobody asks."""
+    if isinstance(t, DualTensor) or (torch.is_grad_enabled() and t.requires_grad):
+        return t - primal_of(t).detach()
+    return None
+
+
+def shifted(t: Tensor, move: Tensor | None) -> Tensor:
+    """A time of the grid, which moves with its start."""
+    return t if move is None else t + move[0]
+
+
+def interpolated(
+    method: Method, old: Carry, new: Carry, stages: tuple[Any, ...], h: Tensor, output: Output, move: Tensor | None
+) -> Tensor:
+    """The solution at a requested time."""
+    theta = output.theta if move is None else output.theta + (move[output.row] - move[0]) / h
+    return method.dense(old, new, stages, h, theta)
+
+
+class Forward:
+    """Goes along at once, so memory does not depend on the number of steps (unless autograd records the duals).
+
+    Args:
+        method: The integrator.
+        field: The right-hand side with its arguments as they were given.
+        y: The start, likewise.
+        t: The requested times, likewise.
+        size: Tangents take part in the error test: the size of each direction, ``(K,)``, relative to what it moves.
+    """
+
+    def __init__(self, method: Method, field: Field, y: Tensor, t: Tensor, size: Tensor | None = None) -> None:
+        self.method, self.field, self.size = method, field, size
+        self.recorded = torch.is_grad_enabled()  # the loop around the steps runs under no_grad
+        self.move = moving(t)
+        empty = torch.full_like(primal_of(y).detach(), torch.nan)
+        self.rows: list[Any] = [y, *(empty for _ in range(len(t) - 1))]
+        self.carry: Carry = ()
+        self._last: Any = None
+
+    def start(self, t: Tensor, h: Tensor) -> None:
+        """The carry before the first step."""
+        with torch.set_grad_enabled(self.recorded):
+            self.carry = self.method.carry(self.field, shifted(t, self.move), self.rows[0], h)
+
+    def errors(self, step: Step, tol: Tolerance) -> Tensor | None:
+        """The norm of every direction's error, the largest."""
+        if self.size is None:
+            return None
+        with torch.set_grad_enabled(self.recorded):
+            found = self._last = self._followed(step)
+            error = found[2]()
+        if not isinstance(error, DualTensor):
+            return None
+        old, new = (_tangent(self.method.solution(c)) for c in (self.carry, found[0]))
+        scaled = tol._replace(atol=tol.atol * self.size.reshape(-1, *(1,) * (old.dim() - 1)))
+        return scaled.measure(_tangent(error), scaled.scale(old, new)).amax(0)
+
+    def take(self, step: Step) -> None:
+        """The step with its stages as constants, then what was asked for in it."""
+        with torch.set_grad_enabled(self.recorded):
+            carry, stages, _ = self._last or self._followed(step)
+            self._last = None
+            for output in step.outputs:
+                value = interpolated(self.method, self.carry, carry, stages, step.h, output, self.move)
+                self.rows[output.row] = torch.where(output.samples.unsqueeze(-1), value, self.rows[output.row])
+            self.carry = held(step.good, carry, self.carry)
+
+    def finish(self) -> Tensor:
+        """All requested values, ``(T, *batch, n)``."""
+        with torch.set_grad_enabled(self.recorded):
+            return torch.stack(self.rows)
+
+    def _followed(self, step: Step) -> Any:
+        return self.method.follow(self.field, shifted(step.t, self.move), self.carry, step.h, step.frozen)
+
+
+def _tangent(x: Any) -> Tensor:
+    """Of the highest level, plain."""
+    if not isinstance(x, DualTensor):
+        return torch.zeros((1, *x.shape), dtype=x.dtype, device=x.device)
+    return primal_of(x.tangent).detach()
+
+
+def differentiated(values: Sequence[Any]) -> bool:
+    """Whether somebody differentiates these arguments."""
+    recorded = torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+    return bool(top_level(values)) or recorded
+
+
+def sizes(values: Sequence[Any]) -> Tensor:
+    """How large each direction of the highest level is beside what it moves: the largest ratio, ``(K,)``."""
+    level = top_level(values)
+    found: list[Tensor] = []
+    for v in values:
+        if isinstance(v, DualTensor) and v._level == level and not v._tan.is_zero:
+            value, rows = primal_of(v.primal).detach(), _tangent(v)
+            ratio = torch.where(value != 0, rows.abs() / torch.where(value != 0, value.abs(), 1.0), 0.0)
+            found.append(ratio.reshape(len(rows), -1).amax(1))
+    if not found:
+        return torch.ones(1, dtype=torch.float64)
+    largest = torch.stack(found).amax(0)
+    return torch.where(largest > 0, largest, 1.0)

@@ -1,0 +1,64 @@
+"""What can be set beside the tolerances: `Options`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualnn.engine.errors import DualInputError, unknown_name
+from dualnn.solvers.ode.control import NORMS
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of `odeint`.
+
+    Attributes:
+        first_step: Length of the first step; None: chosen.
+        max_step: Longest step; None: no limit.
+        step_size: Fixed steps, without an error test: a number, or a tensor ``(S,)`` of successive lengths. Stage
+            equations are then solved to rounding.
+        max_steps: Attempted steps of any sample, at most.
+        norm: Of the error, over the components: ``"rms"`` or ``"max"``.
+        land: Whether steps end at every requested time (else only at the last; results between are interpolated).
+            None: as suits the method.
+        newton_tol: When Newton's method has converged, as a fraction of the error test's tolerance.
+        sensitivities: Tangents take part in the error test.
+        max_order: Of bdf.
+    """
+
+    first_step: float | None = None
+    max_step: float | None = None
+    step_size: float | Tensor | None = None
+    max_steps: int = 100_000
+    norm: str = "rms"
+    land: bool | None = None
+    newton_tol: float | None = None
+    sensitivities: bool = False
+    max_order: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("first_step", "max_step", "newton_tol"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise DualInputError(f"options[{name!r}] must be > 0 (the direction is that of t), got {value}")
+        if self.step_size is not None and not bool((torch.as_tensor(self.step_size) > 0).all()):
+            raise DualInputError("options['step_size'] must be > 0 (the direction is that of t)")
+        if self.norm not in NORMS:
+            raise unknown_name("norm", self.norm, NORMS)
+        if not 1 <= self.max_order <= 5:
+            raise DualInputError(f"options['max_order'] must be 1 to 5, got {self.max_order}")
+        if self.max_steps < 1:
+            raise DualInputError(f"options['max_steps'] must be >= 1, got {self.max_steps}")
+
+    @classmethod
+    def of(cls, given: dict[str, Any] | None) -> Options:
+        """From a dict; a name that is none of them raises."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in given or {}:
+            if key not in names:
+                raise unknown_name("option", key, names)
+        return cls(**(given or {}))

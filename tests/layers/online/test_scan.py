@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from dualnn.layers.online.scan import PLAIN, scan
+
+F64 = torch.float64
+
+
+def one_by_one(a, b, start, steps, reverse):
+    h, found = list(start), [None] * steps
+    for t in reversed(range(steps)) if reverse else range(steps):
+        h = [
+            (0 if b[i] is None else b[i][t]) + sum(a[i][j][t] * h[j] for j in range(len(h)) if a[i][j] is not None)
+            for i in range(len(h))
+        ]
+        found[t] = [x + torch.zeros_like(s) for x, s in zip(h, start, strict=True)]
+    return [torch.stack([f[i] for f in found]) for i in range(len(start))]
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.complex128])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, PLAIN, PLAIN + 1, 64, 103])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_two_levels_equal_the_loop(size, steps, reverse, dtype):
+    def some(*shape):
+        return torch.randn(*shape, dtype=dtype) / 2
+
+    a = [[some(steps, 1 if i else 2, 3) for _ in range(size)] for i in range(size)]
+    b, start = [some(steps, 2, 3) for _ in range(size)], [some(2, 3) for _ in range(size)]
+    ours, theirs = scan(a, b, start, reverse), one_by_one(a, b, start, steps, reverse)
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("steps", [3, 50])
+def test_entries_that_are_zero_may_be_left_out(steps, reverse):
+    x = torch.randn(steps, 2, dtype=F64) / 2
+    start = [torch.randn(2, dtype=F64) for _ in range(2)]
+    for a in ([[x, None], [x, x]], [[None, x], [None, None]], [[None, None], [None, x]]):
+        for b in ([x, None], [None, None]):
+            for ours, theirs in zip(scan(a, b, start, reverse), one_by_one(a, b, start, steps, reverse), strict=True):
+                torch.testing.assert_close(ours, theirs)
