@@ -113,7 +113,7 @@ def integrate(
         target = t[cursor.clamp_max(count - 1)] if land else end
         remaining = target - now
         # A step that nearly reaches the target is stretched to it. (A finished sample keeps its harmless step.)
-        lands = active & (h.abs() * (1.0 if fixed else 1.01) >= remaining.abs() * (1 - 4 * eps))
+        lands = active & (h.abs() * (1 + eps**0.5 if fixed else 1.01) >= remaining.abs())
         planned, h = h, torch.where(lands, remaining, h)
         h = torch.where(active & (h != 0), h, planned)
         trial = method.attempt(field, now, state, h, active, tol, limits)

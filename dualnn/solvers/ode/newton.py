@@ -61,7 +61,8 @@ def newton(
     iterations = torch.zeros(active.shape, dtype=torch.int64, device=scale.device)
     pending, solved = active, ~active
     regular = torch.ones_like(active)
-    floor = 4 * torch.finfo(x.dtype).eps / tol.rtol.min()  # increments of rounding errors shrink no further
+    floor = 4 * torch.finfo(x.dtype).eps / tol.rtol.min()
+    rough = torch.clamp_max(1000 * floor, 0.03)
     for k in range(most):
         change, slopes = step(x)
         size = tol.measure((change / scale).flatten(active.dim()), torch.ones_like(zero).unsqueeze(-1))
@@ -71,7 +72,9 @@ def newton(
         # Hopeless: growing, or too slow for the iterations that are left.
         left = rate ** (most - k) / (1 - rate) * size
         small = size <= floor
-        hopeless = ~finite | ((rate >= 1) & ~small) | ((left > limit) & ~small & (k > 0))
+        # At the level of rounding errors increments shrink no further: as good as the dtype gives.
+        small = small | ((rate > 0.3) & (size <= rough))
+        hopeless = ~finite | (((rate >= 1) | (left > limit)) & ~small & (k > 0))
         moving = pending & ~hopeless
         iterations = iterations + pending
         x = torch.where(over(moving, x), x + change, x)
