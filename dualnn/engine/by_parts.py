@@ -47,7 +47,7 @@ def with_graph_of(old: Any, new: Any) -> Any:
     (p_old, t_old), (p_new, t_new) = split(old, level), split(new, level)
     primal = with_graph_of(p_old, p_new)
     num = count(level, (old, new))
-    if t_old is not None and t_old.dense().requires_grad:
+    if t_old is not None and t_old.requires_grad:
         t_new = of_kind(with_graph_of(t_old.dense(), _dense(p_new, t_new, num)), samples_of(t_old, t_new))
     return make(primal, Zero(num) if t_new is None else t_new, level)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch.utils import _pytree as pytree
 from dualnn.engine.dual_tensor import DualTensor, make, top_level
 from dualnn.engine.errors import CompileFallbackWarning, DualInputError
 from dualnn.engine.levels import fresh_level
+from dualnn.engine.parameters import swapped
 from dualnn.engine.tangents import Dense, Zero
 from dualnn.engine.untraced import untraced
 
@@ -97,7 +97,7 @@ class Compiled:
         key = (*key, spec, torch.is_autocast_enabled())
         program = self._programs.get(key)
         if program is None:
-            program = self._programs[key] = self._traced(leaves, spec, level, [*flat, *held], len(held))
+            program = self._programs[key] = self._traced(leaves, spec, level, flat, held)
             if self.programs == MANY:
                 warnings.warn(
                     f"{_name(self.fn)} has been compiled for {MANY} combinations of shapes and constants: pass "
@@ -110,8 +110,10 @@ class Compiled:
         self._warn()
         return False, None
 
-    def _traced(self, leaves: Sequence[Any], spec: Any, level: int, flat: list[Tensor], held: int) -> _Program | str:
-        """The program for arguments like these, or why there is none; the last ``held`` tensors are the module's."""
+    def _traced(
+        self, leaves: Sequence[Any], spec: Any, level: int, flat: list[Tensor], held: list[Tensor]
+    ) -> _Program | str:
+        """The program for arguments like these and the tensors ``held`` by the module, or why there is none."""
         # Imported here: they cost a second, and most users never compile.
         from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
         from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
@@ -122,11 +124,12 @@ class Compiled:
 
         def run(*parts: Tensor) -> list[Tensor]:
             own = iter(parts)
-            versions = [t._version for t in parts[: len(parts) - held]]
+            versions = [t._version for t in parts[: len(flat)]]
             with fresh_level() as inner:
                 args = [_rebuilt(x, own, level, inner) for x in leaves]
                 call_args, call_kwargs = (args, {}) if spec is None else pytree.tree_unflatten(args, spec)
-                with _lifted(self.module, list(own)):
+                lifted = {} if self.module is None else dict(zip(held, own, strict=True))
+                with swapped(self.module or nn.Module(), lifted):
                     result = self.fn(*call_args, **call_kwargs)
                     program.flat = type(result) is tuple and _all_tensors(result)
                     out, program.spec = pytree.tree_flatten(result)
@@ -135,7 +138,7 @@ class Compiled:
 
         # Views of their own: equal arguments would be taken for one. Fake tensors: nothing is computed while recording,
         # so that no buffer is updated.
-        alike = [t.detach().view_as(t) for t in flat]
+        alike = [t.detach().view_as(t) for t in (*flat, *held)]
         try:
             with torch.no_grad():
                 graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*alike)
@@ -253,24 +256,6 @@ def _random(node: torch.fx.Node) -> bool:
 def _module_of(fn: Callable) -> nn.Module | None:
     owner = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
     return owner if isinstance(owner, nn.Module) else None
-
-
-@contextmanager
-def _lifted(module: nn.Module | None, tensors: list[Tensor]) -> Iterator[None]:
-    """Put the recorded tensors in the places of a module's parameters and buffers."""
-    if module is None:
-        yield
-        return
-    homes: list[dict[str, Any]] = [home for sub in module.modules() for home in (sub._parameters, sub._buffers)]
-    new = dict(zip(map(id, [*module.parameters(), *module.buffers()]), tensors, strict=True))
-    kept = [(home, name, old) for home in homes for name, old in home.items() if old is not None]
-    try:
-        for home, name, old in kept:
-            home[name] = new[id(old)]
-        yield
-    finally:
-        for home, name, old in kept:
-            home[name] = old
 
 
 def _name(fn: Callable) -> str:

@@ -1,9 +1,10 @@
-"""Exchange a module's parameters for duals while a function runs, and put them back whatever happens."""
+"""Exchange a module's parameters and buffers while a function runs, and put them back whatever happens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,33 +13,35 @@ from dualnn.engine.errors import UnsupportedOpError
 
 
 @contextmanager
-def swapped(module: nn.Module, replacement: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Replace parameters by identity, wherever they occur in ``module`` (tied weights, RNN ``_flat_weights``).
+def swapped(module: nn.Module, replacement: Mapping[Any, Tensor]) -> Iterator[None]:
+    """Replace parameters and buffers by identity, wherever they occur in ``module`` (tied, RNN ``_flat_weights``).
 
     Args:
         module: The module whose submodules are searched.
-        replacement: The tensor that stands in for each parameter.
+        replacement: The tensor that stands in for each parameter or buffer; the others stay.
 
     Raises:
         UnsupportedOpError: A parameter was written to in place meanwhile (the write would be lost).
     """
-    undo: list[tuple[nn.Module, str, nn.Parameter]] = []
+    undo: list[tuple[dict[str, Any], str, Tensor]] = []
     flat: list[tuple[nn.Module, list]] = []
     values = [(r, r._primal) for r in replacement.values() if isinstance(r, DualTensor)]
     try:
         for sub in module.modules():
-            for name, parameter in sub._parameters.items():
-                if parameter is not None and parameter in replacement:
-                    undo.append((sub, name, parameter))
-                    sub._parameters[name] = replacement[parameter]  # type: ignore[assignment]
+            homes: tuple[dict[str, Any], ...] = (sub._parameters, sub._buffers)
+            for home in homes:
+                for name, old in home.items():
+                    if old is not None and old in replacement:
+                        undo.append((home, name, old))
+                        home[name] = replacement[old]
             weights = sub.__dict__.get("_flat_weights")
             if weights is not None:
                 flat.append((sub, weights))
                 sub._flat_weights = [replacement.get(w, w) for w in weights]  # type: ignore[assignment]
         yield
     finally:
-        for sub, name, parameter in undo:
-            sub._parameters[name] = parameter
+        for home, name, old in undo:
+            home[name] = old
         for sub, weights in flat:
             sub._flat_weights = weights  # type: ignore[assignment]
     # A dual's parts are exchanged by a write, never overwritten: the parameter itself has not seen it.

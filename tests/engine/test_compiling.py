@@ -86,6 +86,17 @@ def test_shapes_dtypes_and_constants_are_guarded():
     same(program(transposed, 2), transposed**2)
 
 
+class Sine(nn.Module):
+    """The sine of a recurrent module's outputs."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)[0].sin()
+
+
 class TestModules:
     def test_parameters_are_inputs(self):
         module = nn.Linear(3, 2).double()
@@ -96,6 +107,18 @@ class TestModules:
             same(program(x), module(x))
             module.weight = nn.Parameter(torch.randn(2, 3, dtype=F64))
             same(program(x), module(x))
+        assert program.programs == 1
+
+    @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+    def test_a_recurrent_module_keeps_its_weights_in_two_places(self, kind):
+        module = kind(3, 2).double()
+        program, x = compiled(Sine(module)), dual(4, 1, 3)
+        with torch.no_grad():
+            same(program(x), module(x)[0].sin())
+            module.weight_ih_l0.mul_(2)
+            same(program(x), module(x)[0].sin())
+            module.weight_hh_l0 = nn.Parameter(torch.randn_like(module.weight_hh_l0))
+            same(program(x), module(x)[0].sin())
         assert program.programs == 1
 
     def test_buffers_are_updated_once_a_call(self):
