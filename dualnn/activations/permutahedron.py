@@ -10,6 +10,7 @@ Reference:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,13 @@ import torch
 from torch import Tensor
 
 from dualnn.engine.bridge_linear import linear
+from dualnn.engine.errors import DualInputError
+
+
+def check_strength(name: str, strength: float) -> None:
+    """Raise unless the strength of the regularisation is positive and finite."""
+    if not 0 < strength < math.inf:
+        raise DualInputError(f"{name}: strength must be positive, got {strength}")
 
 
 def pooled(s: np.ndarray) -> np.ndarray:

@@ -1,16 +1,14 @@
 """The ranks of a row's entries, trained by the derivative of the soft rank."""
 
-import math
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from dualnn.activations.instead import Instead
-from dualnn.activations.permutahedron import block_mean, falling, pool, projection_reference
+from dualnn.activations.permutahedron import block_mean, check_strength, falling, pool, projection_reference
 from dualnn.activations.registry import register
 from dualnn.activations.rows import Rows, RowSample
-from dualnn.engine.errors import DualInputError
 
 
 def _ranks(x: Tensor) -> Tensor:
@@ -81,8 +79,7 @@ class Rank(Rows):
     def __init__(self, strength: float = 1.0, dim: int = -1) -> None:
         """Fix the primitive's strength."""
         super().__init__(dim)
-        if not 0 < strength < math.inf:
-            raise DualInputError(f"rank: strength must be positive, got {strength}")
+        check_strength("rank", strength)
         self.strength = strength
 
     def rows(self, x: Tensor, *parameters: Tensor) -> Tensor:

@@ -1,15 +1,13 @@
 """Soft sort: a row sorted, wide gaps drawn together."""
 
-import math
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from dualnn.activations.permutahedron import block_mean, falling, pool, projection_reference
+from dualnn.activations.permutahedron import block_mean, check_strength, falling, pool, projection_reference
 from dualnn.activations.registry import register
 from dualnn.activations.rows import Rows, RowSample
-from dualnn.engine.errors import DualInputError
 
 
 def soft_sort(x: Tensor, strength: float) -> Tensor:
@@ -68,8 +66,7 @@ class SoftSort(Rows):
     def __init__(self, strength: float = 1.0, dim: int = -1) -> None:
         """Fix the strength."""
         super().__init__(dim)
-        if not 0 < strength < math.inf:
-            raise DualInputError(f"soft_sort: strength must be positive, got {strength}")
+        check_strength("soft_sort", strength)
         self.strength = strength
 
     def rows(self, x: Tensor, *parameters: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
 from dualnn.engine.errors import ConvergenceError, SingularMatrixError, UnsupportedOpError
+from dualnn.solvers.factors import merged
 
 
 class ConjugateGradients:
@@ -46,7 +47,7 @@ class ConjugateGradients:
                 "conjugate gradients stop by their residuals, which torch.vmap (in torch.func.jacfwd) hides from "
                 "them. Use dualnn.jvp, torch.func.jacrev, or a method with a dense Hessian ('newton', 'bfgs')."
             )
-        b = rhs.reshape(-1, *self.batch, rhs.shape[-1])
+        b = merged(rhs, rhs.dim() - 1 - len(self.batch))
         scale = _norm(b)
         tol = torch.finfo(b.dtype).eps ** 0.75
         wanted = torch.isfinite(scale)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dualnn.solvers.factors import merged
+
 
 class Definite:
     """A symmetric positive definite block ``(*batch, n, n)``, by Cholesky. Half precision is solved in float32.
@@ -40,7 +42,7 @@ class Definite:
         """:math:`H^{-1} b` for ``(*lead, *batch, n)``."""
         lead = rhs.dim() - self.scale.dim()
         wide = rhs.to(self.scale.dtype) * self.scale
-        columns = wide.reshape(-1, *wide.shape[lead:]).movedim(0, -1)  # (*batch, n, prod(lead))
+        columns = merged(wide, lead).movedim(0, -1)  # (*batch, n, prod(lead))
         found = torch.cholesky_solve(columns, self.factor).movedim(-1, 0).reshape(rhs.shape) * self.scale
         return torch.where(self.regular.unsqueeze(-1), found, torch.nan).to(self.dtype)
 

@@ -59,12 +59,17 @@ class LU:
             return (rhs / self.matrix[..., 0]).to(self.dtype)
         lead = rhs.dim() - self.matrix.dim() + 1
         wide = rhs.to(self.matrix.dtype)
-        columns = wide.reshape(wide.shape[:lead].numel(), *wide.shape[lead:]).movedim(0, -1)  # (*batch, n, prod(lead))
+        columns = merged(wide, lead).movedim(0, -1)  # (*batch, n, prod(lead))
         if self.followed:
             found = torch.linalg.solve(self.matrix.mT if transposed else self.matrix, columns)
         else:
             found = torch.linalg.lu_solve(self.lu, self.pivots, columns, adjoint=transposed)
         return found.movedim(-1, 0).reshape(rhs.shape).to(self.dtype)
+
+
+def merged(rhs: Tensor, lead: int) -> Tensor:
+    """The first ``lead`` axes in one, also where others are empty."""
+    return rhs.reshape(rhs.shape[:lead].numel(), *rhs.shape[lead:])
 
 
 def block_jacobian(fn: Callable[[Tensor], Tensor], x: Tensor, probe: bool = True) -> tuple[Tensor, Tensor]:

@@ -108,7 +108,11 @@ def failure(stats: Stats, what: str, tol: float, advice: str = "") -> str:
     for code, (why, cure) in REASONS.items():
         where = torch.nonzero(status == code).flatten().tolist()
         if where:
-            who = "the system" if total == 1 else f"{len(where)} of {total} samples (first: {where[:8]})"
             worst = float(residual[where].max())
-            lines.append(f"{who} {why}; largest residual {worst:.3g}, tolerance {tol:.3g}: {cure}.")
+            lines.append(f"{those(where, total)} {why}; largest residual {worst:.3g}, tolerance {tol:.3g}: {cure}.")
     return f"{what}: " + " ".join(lines) + f"{advice} on_failure='nan' or 'last' returns the other samples' results."
+
+
+def those(where: list[int], total: int) -> str:
+    """The samples that a message is about."""
+    return "the system" if total == 1 else f"{len(where)} of {total} samples (first: {where[:8]})"

@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dualnn.solvers.stats import those
+
 OnFailure = Literal["raise", "nan"]
 ON_FAILURE = ("raise", "nan")
 
@@ -94,10 +96,9 @@ def failure(stats: OdeStats, method: str, where: Callable[[Status], bool] | None
         found = torch.nonzero(status == code).flatten().tolist()
         if found:
             b = found[0]
-            who = "the system" if total == 1 else f"{len(found)} of {total} samples (first: {found[:8]})"
             first = "" if total == 1 else f"sample {b} "
             lines.append(
-                f"{who} {why}: {first}at t = {float(time[b]):.9g} after {int(count[b])} steps, the last of "
-                f"{float(step[b]):.3g}: {cure}."
+                f"{those(found, total)} {why}: {first}at t = {float(time[b]):.9g} after {int(count[b])} steps, the "
+                f"last of {float(step[b]):.3g}: {cure}."
             )
     return f"odeint by {method}: " + " ".join(lines) + " on_failure='nan' returns the other samples' results."
