@@ -120,21 +120,29 @@ def resident() -> int:
     return pages * resource.getpagesize()
 
 
-def living() -> int:
-    """Bytes of all tensors that live now, each storage once."""
+def tensors() -> list[Tensor]:
+    """All tensors that live now."""
     gc.collect()
-    found = [t for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter) and t.layout is torch.strided]
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found}.values())
+    kinds = (Tensor, torch.nn.Parameter)
+    return [t for t in gc.get_objects() if type(t) in kinds and t.layout is torch.strided]
+
+
+def living(others: list[Tensor]) -> int:
+    """Bytes of the tensors that live now beside ``others``, each storage once."""
+    known = {t.untyped_storage()._cdata for t in others}
+    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors()}
+    return sum(size for storage, size in sizes.items() if storage not in known)
 
 
 def memory(steps: int, compile: bool) -> list[tuple[int, int, int]]:
     """(step, live bytes of tensors, resident bytes) along one run on duals."""
     seen: list[tuple[int, int, int]] = []
+    others = tensors()  # held, so that what the process frees meanwhile is not taken for ours
     marks = {m for e in range(2, 7) for m in (10**e - 1, 3 * 10**e - 1)} | {steps - 1}
 
     def watch(m: int, x: Tensor) -> None:
         if m in marks:
-            seen.append((m + 1, living(), resident()))
+            seen.append((m + 1, living(others), resident()))
 
     duals(P, steps, compile, watch)
     return seen
