@@ -1,0 +1,155 @@
+"""A small neural vector field on a stiff oscillator, trained by Lightning through `odeint`.
+
+    python experiments/stiff-kinetics/oscillator.py           # everything below; writes oscillator.json
+    python experiments/stiff-kinetics/oscillator.py --fast    # the same, shorter and without meaning
+
+Known is eps y2' = g(y1) y2 - y1, y1' = y2; g is a network, and the truth is van der Pol's g = 1 - y1^2. Only positions
+y1 are observed, at a few times after each start, so the loss goes through the solver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import statistics
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dualnn.bench.ivp import van_der_pol
+from dualnn.solvers import odeint
+from dualnn.training.meters import LiveBytes
+
+F64 = torch.float64
+EPS = 1e-3
+OBSERVED = torch.tensor([0.0, 0.05, 0.2, 0.5], dtype=F64)  # a period takes 1.6
+SEEDS = (0, 1, 2)
+METHODS = {"radau": 1e-6, "rodas5p": 1e-6, "bdf": 1e-6, "dopri5": 1e-6}
+
+
+class Damped(nn.Module):
+    """``y1' = y2, eps y2' = g(y1) y2 - y1``."""
+
+    def __init__(self, eps: float = EPS, width: int = 16) -> None:
+        super().__init__()
+        self.eps = eps
+        self.g = nn.Sequential(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
+        self.double()
+        with torch.no_grad():
+            self.g[-1].bias.fill_(-1.0)  # an overdamped start: no oscillation yet
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """The right-hand side."""
+        position, speed = y[..., :1], y[..., 1:]
+        return torch.cat([speed, (self.g(position) * speed - position) / self.eps], -1)
+
+
+class Oscillator(L.LightningModule):
+    """Fits the damping to observed positions."""
+
+    def __init__(self, method: str, lr: float = 3e-3) -> None:
+        super().__init__()
+        self.field, self.method, self.lr = Damped(), method, lr
+
+    def loss(self, start: Tensor, seen: Tensor) -> Tensor:
+        """Mean square of the positions' errors."""
+        y = odeint(self.field, start, OBSERVED, (), self.method, METHODS[self.method], 1e-6)
+        return (y[1:, :, 0].T - seen).square().mean()
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        """One batch of starts."""
+        loss = self.loss(*batch)
+        self.log("loss/train", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """Adam, cooled down."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def trajectories(count: int, seed: int, eps: float = EPS) -> tuple[Tensor, Tensor]:
+    """Starts along the limit cycle, and the positions observed after each, 1 % off."""
+    g = torch.Generator().manual_seed(seed)
+    at = (2 + 1.6 * torch.rand(count, generator=g, dtype=F64)).sort().values
+    t = torch.cat([torch.zeros(1, dtype=F64), at])
+    rate = torch.tensor([eps], dtype=F64)
+    start = odeint(van_der_pol, torch.tensor([2.0, 0.0], dtype=F64), t, (rate,), "radau", 1e-8, 1e-8)[1:]
+    rates = rate.expand(count, 1)
+    seen = odeint(van_der_pol, start, OBSERVED, (rates,), "radau", 1e-8, 1e-8)[1:, :, 0].T
+    return start, seen + 0.01 * torch.randn(seen.shape, generator=g, dtype=F64)
+
+
+def train(method: str, seed: int, epochs: int, folder: pathlib.Path) -> dict[str, float]:
+    """Error of the learned damping, loss on fresh trajectories, CPU seconds."""
+    torch.manual_seed(seed)
+    model = Oscillator(method)
+    loader = DataLoader(TensorDataset(*trajectories(128, seed)), 32, shuffle=True)
+    trainer = L.Trainer(
+        max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, log_every_n_steps=1,
+        logger=TensorBoardLogger(folder / "logs", name=method, version=seed),
+    )  # fmt: skip
+    begin = time.process_time()
+    trainer.fit(model, loader)
+    seconds = time.process_time() - begin
+    with torch.no_grad():
+        grid = torch.linspace(-2, 2, 81, dtype=F64)[:, None]
+        off = (model.field.g(grid) - (1 - grid**2)).square().mean().sqrt()
+        fresh = model.loss(*trajectories(64, 1000 + seed))
+    return {"damping, root mean square error": float(off), "test loss": float(fresh), "CPU seconds": seconds}
+
+
+def one_step(method: str, eps: float, repeats: int) -> dict[str, float]:
+    """Cost of one gradient of a batch of 32, at the start of training."""
+    torch.manual_seed(0)
+    field = Damped(eps)
+    start, seen = trajectories(32, 0, eps)
+
+    def step() -> None:
+        options = {"max_steps": 1_000_000}
+        y = odeint(field, start, OBSERVED, (), method, METHODS[method], 1e-6, options)
+        field.zero_grad()
+        (y[1:, :, 0].T - seen).square().mean().backward()
+
+    with LiveBytes() as meter:
+        step()
+    spans = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        step()
+        spans.append(time.process_time() - begin)
+    return {"CPU seconds": statistics.median(spans), "live bytes": meter.peak}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path(__file__).parent)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    result: dict = {"torch": torch.__version__, "a step": {}, "training": {}}
+    for eps in (1e-2,) if options.fast else (1e-2, 1e-3, 1e-4):
+        for method in METHODS:
+            row = one_step(method, eps, 1 if options.fast or (method == "dopri5" and eps < 1e-3) else 3)
+            result["a step"][f"{method}, eps = {eps:g}"] = row
+            print(method, eps, row, flush=True)
+    for method in ("radau", "dopri5"):
+        runs = [train(method, seed, 1 if options.fast else options.epochs, options.folder) for seed in SEEDS]
+        row = {name: [run[name] for run in runs] for name in runs[0]}
+        result["training"][method] = row
+        print(method, row, flush=True)
+    (options.folder / "oscillator.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
