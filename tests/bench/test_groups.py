@@ -20,6 +20,7 @@ def without_the_extra(monkeypatch):
     monkeypatch.setattr("dualnn.bench.peers._jax", [])
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at an intermediate result's
 @pytest.mark.parametrize(("group", "name"), CASES)
 def test_it_runs_and_agrees(group, name, without_the_extra):
     for benchmark in GROUPS[group].benchmarks(QUICK):
@@ -27,7 +28,9 @@ def test_it_runs_and_agrees(group, name, without_the_extra):
             continue
         result = run(benchmark, QUICK)
         assert any(t.side == "ours" for t in result.timings) and any(t.side == "peer" for t in result.timings)
-        assert all(" is not installed" in why for why in result.missing.values()), result.missing
+        # Torch's forward mode has no rule for fused attention.
+        expected = (" is not installed", "NotImplementedError: Trying to use forward AD with")
+        assert all(any(part in why for part in expected) for why in result.missing.values()), result.missing
 
 
 def test_an_absent_package_is_unavailable_and_a_broken_one_is_not(without_the_extra, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The engine by itself: chains of elementwise operations, a dense Jacobian, a Laplacian."""
+"""The engine by itself: chains of elementwise operations, Jacobians, a Laplacian, networks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dualnn.bench.benchmark import Arm, Benchmark, Group, Run, Settings
+from dualnn.bench.groups.networks import NOTES, network, tridiagonal
 from dualnn.bench.peers import Compiled, jax_arm, jax_pushed, pushed, torch_func
 from dualnn.engine import compile, dual, jacobian, jvp, laplacian
 
@@ -136,7 +137,11 @@ def benchmarks(settings: Settings) -> list[Benchmark]:
         *chains,
         dense_jacobian(4 if small else 64, settings),
         trace_of_hessian(*((3, 4) if small else (64, 128)), settings),
+        *(network(name, 2 if small else 8, settings) for name in NOTES),
+        tridiagonal(6 if small else 10_000, settings),
     ]
 
 
-ENGINE = Group("the engine by itself", ("chain-A", "chain-B", "lu-jacobian", "laplacian"), benchmarks)
+ENGINE = Group(
+    "the engine by itself", ("chain-A", "chain-B", "lu-jacobian", "laplacian", *NOTES, "tridiagonal"), benchmarks
+)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from dualnn.activations.implicit_tanh import implicit_tanh
 from dualnn.bench.benchmark import Arm, Benchmark, Group, Run, Settings
 from dualnn.bench.peers import checkpointed, gradients
-from dualnn.engine import jvp
+from dualnn.engine import compile, jvp
 from dualnn.layers import Dual
 
 Activation = Callable[[Tensor, Tensor, Tensor], Tensor]
+AT_ONCE = 10  # steps of the oscillator in one program
 
 
 def newton_step(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -144,9 +145,29 @@ def oscillator(trajectories: int, steps: int, settings: Settings) -> Benchmark:
             state = step(state, p)
         return (state[0] ** 2 + state[1] ** 2).mean()
 
-    def by_duals() -> Any:
+    def several(x: Tensor, v: Tensor, drives: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        d, a, b, gamma = p.unbind()
+        for w in drives.unbind():
+            x, v = x + 1e-3 * v, v + 1e-3 * (gamma * w - d * v - x * (a + b * x * x))
+        return x, v
+
+    def by_program(program: Callable, p: Tensor) -> Tensor:
+        x, v = x0, v0
+        for drives in torch.cos(times).split(AT_ONCE):
+            x, v = program(x, v, drives, p)
+        return (x**2 + v**2).mean()
+
+    def by_duals(energy: Callable[[Tensor], Tensor] = energy) -> Any:
         value, slope = jvp(energy, (parameters,), (torch.eye(4, dtype=torch.float64, device=settings.device),))
         return {"loss": value, "gradient": [slope]}
+
+    def duals_compiled() -> Run:
+        program = compile(several, backend=settings.backend)
+        return lambda: by_duals(lambda p: by_program(program, p))
+
+    def backprop_compiled() -> Run:
+        program = torch.compile(several, fullgraph=True, dynamic=False, backend=settings.backend)
+        return lambda: gradients(by_program(program, leaf), [leaf])
 
     def by_checkpoints() -> Any:
         x, v, _ = checkpointed(step, (x0, v0, 0), steps, max(round(steps**0.5), 1), leaf)
@@ -154,8 +175,10 @@ def oscillator(trajectories: int, steps: int, settings: Settings) -> Benchmark:
 
     arms = {
         "dualnn": Arm(lambda: by_duals, "ours"),
+        f"dualnn, {AT_ONCE} steps compiled": Arm(duals_compiled, "ours", compiled=True),
         "backprop": Arm(lambda: lambda: gradients(energy(leaf), [leaf]), "peer"),
         "backprop, checkpoint": Arm(lambda: by_checkpoints, "peer"),
+        f"backprop, {AT_ONCE} steps compiled": Arm(backprop_compiled, "peer", compiled=True),
     }
     note = f"four parameters, {steps:,} Euler steps (backprop's memory grows with them), float64."
     sizes = {"trajectories": trajectories, "steps": steps}
