@@ -7,6 +7,7 @@ from dualnn.layers.fixed_point import FixedPoint
 from dualnn.layers.least_squares import LeastSquares
 from dualnn.layers.linear_solve import LinearSolve
 from dualnn.layers.local_swap import restore_forward, swap_forward
+from dualnn.layers.ode_block import ODEBlock
 from dualnn.layers.online import LRU, DiagonalLinear, ElementwiseLSTM, LeakyFire, MinGRU, OnlineCell, OnlineState
 from dualnn.layers.replacing import replace
 from dualnn.layers.root import Root
@@ -25,6 +26,7 @@ __all__ = [
     "LeastSquares",
     "LinearSolve",
     "MinGRU",
+    "ODEBlock",
     "OnlineCell",
     "OnlineState",
     "Root",

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import dualnn as dn
 from dualnn import activations
 from dualnn.activations.base import Activation, Sample, apply
+from dualnn.activations.flow import Flow
 from dualnn.engine.errors import DualInputError
-from tests.activations.oracles import EVERY_NAME, EVERY_SAMPLE, build, mp_derivative, smooth_difference
+from tests.activations.oracles import ELEMENTWISE, EVERY_NAME, EVERY_SAMPLE, build, mp_derivative, smooth_difference
 
 
 def local_arguments(act: Activation, x: Tensor) -> tuple[Tensor, ...]:
@@ -270,11 +271,15 @@ def test_nan_stays_where_it_is(name: str) -> None:
     y = act(x)
     y.sum().backward()
     assert y.isnan().tolist() == [False, True, False]
-    torch.testing.assert_close(y[::2], act(x[::2]), rtol=0, atol=0)
+    # Vector and scalar code of torch differ by a rounding, which an integrator carries on.
+    torch.testing.assert_close(y[::2], act(x[::2]), rtol=1e-14 if isinstance(act, Flow) else 0, atol=0)
     assert x.grad[::2].isfinite().all()
 
 
-@EVERY_NAME
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if issubclass(activations.get_class(n), Flow) else n for n in ELEMENTWISE],
+)  # a flow integrates an equation at every step; test_flow trains them for fewer steps
 @pytest.mark.parametrize("channels", [1, 3])
 def test_trains_in_a_plain_loop(name: str, channels: int) -> None:
     options = {"num_channels": channels} if list(activations.get(name).parameters()) else {}

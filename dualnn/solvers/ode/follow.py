@@ -87,7 +87,7 @@ class Forward:
             carry, stages, _ = self._last or self._followed(step)
             self._last = None
             for output in step.outputs:
-                value = interpolated(self.method, self.carry, carry, stages, step.h, output, self.move)
+                value = interpolated(self.method, self.carry, carry, stages, step.lengths, output, self.move)
                 self.rows[output.row] = torch.where(output.samples.unsqueeze(-1), value, self.rows[output.row])
             self.carry = held(step.good, carry, self.carry)
 
@@ -97,7 +97,7 @@ class Forward:
             return torch.stack(self.rows)
 
     def _followed(self, step: Step) -> Any:
-        return self.method.follow(self.field, shifted(step.t, self.move), self.carry, step.h, step.frozen)
+        return self.method.follow(self.field, shifted(step.t, self.move), self.carry, step.lengths, step.frozen)
 
 
 def _tangent(x: Any) -> Tensor:

@@ -38,6 +38,11 @@ class Step(NamedTuple):
     carry: tuple[Tensor, ...]
     outputs: tuple[Output, ...]
 
+    @property
+    def lengths(self) -> Tensor:
+        """``h``, and next to nothing for the others: from a rejected length f may overflow, and 0 times inf is nan."""
+        return torch.where(self.good, self.h, 1e-6 * self.h)
+
 
 class Follower(Protocol):
     """Who differentiates the steps."""

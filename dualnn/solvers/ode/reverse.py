@@ -78,7 +78,7 @@ class _Segment:
     def __init__(self, method: Method, field: Field, steps: Sequence[Step], width: int, moves: bool) -> None:
         self.method, self.fn, self.width, self.moves = method, field.fn, width, moves
         self._outputs = [step.outputs for step in steps]
-        self._packed = [torch.stack(x) for x in zip(*((s.t, s.h, s.good, *s.frozen) for s in steps), strict=True)]
+        self._packed = [torch.stack(x) for x in zip(*((s.t, s.lengths, s.good, *s.frozen) for s in steps), strict=True)]
         self.values: tuple[Tensor, ...] | None = (*steps[-1].carry, *(o.value for s in steps for o in s.outputs))
 
     def outputs(self) -> list[Output]:

@@ -182,6 +182,24 @@ def test_a_sample_that_fails_spoils_no_gradient(method):
 
 
 @methods
+def test_a_rejected_length_from_which_the_equation_overflows_spoils_no_gradient(method):
+    p = torch.tensor(1.0, dtype=F64, requires_grad=True)
+
+    def cubic(t, y, p):
+        return p * (y - y**3)
+
+    def end(p, *y0):
+        t, y0 = torch.tensor([0.0, 1.0], dtype=F64), torch.tensor(y0, dtype=F64).unsqueeze(1)
+        return odeint(cubic, y0, t, (p,), method, 1e-4, 1e-4, {"first_step": 8.0})[-1]
+
+    (found,) = torch.autograd.grad(end(p, 1.2, 30.0).sum(), p)
+    _, tangent = dn.jvp(lambda p: end(p, 1.2, 30.0).sum(), (p.detach(),), (torch.ones((), dtype=F64),))
+    alone = sum(torch.autograd.grad(end(p, y).sum(), p)[0] for y in (1.2, 30.0))
+    torch.testing.assert_close(found, alone, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(found, tangent, rtol=1e-8, atol=1e-10)
+
+
+@methods
 def test_very_small_fixed_steps(method):
     """Newton's increments end at rounding errors, which shrink no further."""
     y = solve(Y0, T, P, method, step_size=1 / 700)
