@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualnn.engine.dual_tensor import DualTensor
+from dualnn.engine.dual_tensor import DualTensor, primal_of
 from dualnn.engine.errors import TangentLostError
 from dualnn.engine.parameters import Places
+
+
+def plain(x: Any) -> Any:
+    """The value of a tensor, without tangents or graph; anything else as it is."""
+    return primal_of(x).detach() if isinstance(x, Tensor) else x
 
 
 def lifted(fn: Callable[..., Tensor], args: Sequence[Any]) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
@@ -30,12 +35,12 @@ def lifted(fn: Callable[..., Tensor], args: Sequence[Any]) -> tuple[Callable[...
     return call, (*places.parameters, *args)
 
 
-def refuse_captured(fn: Callable[..., Tensor], t: Tensor, y: Tensor, args: Sequence[Any]) -> None:
+def refuse_captured(fn: Callable[..., Tensor], t: Tensor, y: Tensor, args: Sequence[Any], name: str = "fn") -> None:
     """Raise where ``fn`` of plain arguments is differentiable: by something that it captured, and would be lost."""
     f = fn(t.unsqueeze(-1) if y.dim() > 1 else t, y, *args)
     if isinstance(f, DualTensor) or (isinstance(f, Tensor) and torch.is_grad_enabled() and f.requires_grad):
         kind = "carries tangents" if isinstance(f, DualTensor) else "requires grad"
         raise TangentLostError(
-            f"fn depends on something that {kind} and is not among its arguments, so its derivative would be lost: "
+            f"{name} depends on something that {kind} and is not among its arguments, so its derivative would be lost: "
             "pass it in args (fn(t, y, *args)), make fn an nn.Module that owns it, or detach it"
         )

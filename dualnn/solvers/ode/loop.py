@@ -6,30 +6,30 @@ size and stages, as constants.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from dualnn.solvers.ode.control import Tolerance, first_step
+from dualnn.solvers.ode.course import Plan, aim, begun, judged, reached
+from dualnn.solvers.ode.events import Crossing, Watch
 from dualnn.solvers.ode.field import Field
 from dualnn.solvers.ode.method import Method, Trial, held
 from dualnn.solvers.ode.newton import Limits
 from dualnn.solvers.ode.options import Options
+from dualnn.solvers.ode.outputs import Output, Outputs
+from dualnn.solvers.ode.progress import Tell
 from dualnn.solvers.ode.stats import OdeStats, Status
 
 
-class Output(NamedTuple):
-    """A requested time that some samples passed in a step."""
-
-    row: int
-    samples: Tensor
-    theta: Tensor
-    value: Tensor
-
-
 class Step(NamedTuple):
-    """An accepted step: ``good`` samples moved from ``t`` by ``h`` to ``carry``; the others' entries are harmless."""
+    """An accepted step: ``good`` samples moved from ``t`` by ``h`` to ``carry``; the others' entries are harmless.
+
+    Samples that end at an event within it are not among the good ones: they stay where it began.
+    """
 
     t: Tensor
     h: Tensor
@@ -37,6 +37,7 @@ class Step(NamedTuple):
     frozen: tuple[Tensor, ...]
     carry: tuple[Tensor, ...]
     outputs: tuple[Output, ...]
+    crossings: tuple[Crossing, ...] = ()
 
     @property
     def lengths(self) -> Tensor:
@@ -46,6 +47,8 @@ class Step(NamedTuple):
 
 class Follower(Protocol):
     """Who differentiates the steps."""
+
+    crossings: list[Crossing]  # the events that were met, differentiably
 
     def start(self, t: Tensor, h: Tensor) -> None:
         """Times and first steps, ``batch``."""
@@ -68,121 +71,104 @@ def integrate(
     tol: Tolerance,
     options: Options,
     follower: Follower | None,
-) -> tuple[Tensor, OdeStats]:
+    watch: Callable[[Tensor, Tensor, bool], Watch] | None = None,
+    tell: Tell | None = None,
+) -> tuple[Tensor, OdeStats, list[Crossing]]:
     """Values at the requested times, on plain tensors.
 
     Shape:
         ``y: (*batch, n), t: (T,) -> (T, *batch, n)``.
 
     Returns:
-        The values (nan after the end of samples that were given up), and the course.
+        The values (nan after the end of samples that were given up, or that met a terminal event), the course, and
+        the events that were met.
     """
     tol = method.tolerance(tol)
-    batch, count = y.shape[:-1], len(t)
-    whole = torch.ones(batch, dtype=y.dtype, device=y.device)
-    now, end = t[0] * whole, t[-1]
-    sign = 1.0 if float(end) >= float(t[0]) else -1.0
+    plan = planned(t, options)
+    now = t[0].expand(y.shape[:-1])
     f = field(now, y)
     status = torch.where(torch.isfinite(f).all(-1), Status.RUNNING, Status.NONFINITE)
-    if count == 1:
+    if len(t) == 1:
         status = torch.where(status == Status.RUNNING, Status.DONE, status)
-    fixed = options.step_size is not None
-    lengths = None if options.step_size is None else torch.as_tensor(options.step_size, dtype=y.dtype).reshape(-1)
-    if lengths is not None:
-        h = sign * lengths[0] * whole
-    elif options.first_step is not None:
-        h = sign * min(options.first_step, abs(float(end - t[0]))) * whole
-    else:
-        h = first_step(field, now, y, f, (end - t[0]) * whole, method.error_order, tol)
-        h = torch.where(torch.isfinite(h) & (h != 0), h, sign * 1e-6)
+    course = begun(now, _first(method, field, now, y, f, plan, tol, options), status)
     if follower is not None:
-        follower.start(now, h)
-    state = method.begin(field, now, y, f, h)
-    rows = [y, *(torch.full_like(y, torch.nan) for _ in range(count - 1))]
-    cursor = torch.ones(batch, dtype=torch.int64, device=y.device)
-    steps = rejected = failures = iterations = attempts = torch.zeros_like(cursor)
-    last = whole
-    taken, why = torch.zeros_like(h), status
+        follower.start(now, course.h)
+    state = method.begin(field, now, y, f, course.h)
+    found = Outputs(t, y, plan.sign, now.shape)
     land = method.land if options.land is None else options.land
-    eps = torch.finfo(y.dtype).eps
-    limits = _limits(tol, options, eps)
+    limits = _limits(tol, options, torch.finfo(y.dtype).eps)
+    fixed = plan.lengths is not None
+
+    watching = watch(now, y, method.land and not fixed) if watch else None
 
     while True:
-        active = status == Status.RUNNING
+        target = found.wanted if land else plan.end
+        if watching is not None:
+            sooner = plan.sign * (watching.target - target) < 0  # not so where it is nan
+            target = torch.where(sooner, watching.target, target)
+        tried = aim(course, plan, target)
+        active, h, now = tried.active, tried.h, course.now
         if not bool(active.any()):
             break
-        if lengths is not None:
-            h = sign * lengths[steps.clamp_max(len(lengths) - 1)]
-        elif options.max_step is not None:
-            h = sign * torch.clamp_max(h.abs(), options.max_step)
-        target = t[cursor.clamp_max(count - 1)] if land else end
-        remaining = target - now
-        # A step that nearly reaches the target is stretched to it. (A finished sample keeps its harmless step.)
-        lands = active & (h.abs() * (1 + eps**0.5 if fixed else 1.01) >= remaining.abs())
-        planned, h = h, torch.where(lands, remaining, h)
-        h = torch.where(active & (h != 0), h, planned)
+        if tell is not None:
+            tell(now, h, active)
         trial = method.attempt(field, now, state, h, active, tol, limits)
         ends = method.solution(trial.state.carry)
         finite = torch.isfinite(trial.norm) & torch.isfinite(ends).all(-1)
         passed = active & trial.solved & finite & ((trial.norm <= 1) | fixed)
         norm = trial.norm
-        reached = torch.where(lands, target, now + h)
 
         if follower is not None and bool(passed.any()) and not fixed:
             size = follower.errors(Step(now, h, passed, _frozen(passed, trial), (), ()), tol)
             if size is not None:
                 norm = torch.where(passed, torch.maximum(norm, size), norm)
                 passed = passed & (size <= 1)
-        outputs: list[Output] = []
-        after = torch.where(passed, reached, now)
-        if bool(passed.any()):
-            while True:
-                wanted = t[cursor.clamp_max(count - 1)]
-                crossed = passed & (cursor < count) & (sign * (after - wanted) >= 0)
-                if not bool(crossed.any()):
-                    break
-                theta = torch.where(lands & (wanted == target), 1.0, (wanted - now) / h)
-                value = method.dense(state.carry, trial.state.carry, trial.stages, h, theta)
-                value = torch.where((theta == 1).unsqueeze(-1), ends, value)
-                for row in torch.unique(cursor[crossed]).tolist():
-                    here = crossed & (cursor == row)
-                    rows[row] = torch.where(here.unsqueeze(-1), value, rows[row])
-                    outputs.append(Output(row, here, theta, value))
-                cursor = cursor + crossed
-        merged = held(passed, trial.state, state)
+        after = reached(course, tried)
+        seen = None
+        if watching is not None and bool(passed.any()):
+            seen = watching.look(method, state.carry, trial, now, h, after, passed)
+            passed = passed & ~seen.again
+        after, moves = torch.where(passed, after, now), passed
+        if seen is not None:
+            after, moves = seen.shortened(after, plan.sign), passed & seen.stop.isnan()
+        dense = partial(method.dense, state.carry, trial.state.carry, trial.stages, h)
+        outputs = found.take(now, after, h, passed, ends, dense)
+        merged = held(moves, trial.state, state)
         if follower is not None and bool(passed.any()):
-            follower.take(Step(now, h, passed, _frozen(passed, trial), merged.carry, tuple(outputs)))
-        state, factor = method.adapt(field, after, trial, merged, norm, last, passed, tol, fixed)
-        attempts = attempts + active
-        steps = steps + passed
-        iterations = iterations + trial.iterations
-        unsolved = active & ~trial.solved
-        failures = failures + unsolved
-        rejected = rejected + (active & trial.solved & ~passed)
-        why = torch.where(active & trial.solved & finite, Status.COLLAPSED, why)
-        why = torch.where(active & ~finite, Status.NONFINITE, why)
-        why = torch.where(unsolved & trial.regular, torch.where(finite, Status.NEWTON, Status.NONFINITE), why)
-        why = torch.where(active & ~trial.regular, Status.SINGULAR, why)
-        last = torch.where(passed, norm, last)
-        taken = torch.where(passed, h, taken)
-        factor = torch.where(unsolved, 0.25 if options.step_size is None else 1.0, factor)
-        new = h * factor
-        # A step that was cut short to land says nothing against the one that was planned.
-        new = torch.where(passed & lands & (planned.abs() > new.abs()), planned, new)
-        h = torch.where(active, new, planned)
-        now = after
-        status = torch.where(active & (cursor >= count), Status.DONE, status)
-        running = status == Status.RUNNING
-        short = h.abs() <= 4 * eps * torch.maximum(now.abs(), (end - t[0]).abs() * eps)
-        status = torch.where(running & ~passed & (short | fixed), why, status)
-        status = torch.where(running & passed & short & ~lands, Status.COLLAPSED, status)
-        status = torch.where((status == Status.RUNNING) & (attempts >= options.max_steps), Status.MAX_STEPS, status)
+            crossings = () if seen is None else seen.crossings
+            follower.take(Step(now, h, moves, _frozen(passed, trial), merged.carry, outputs, crossings))
+        state, factor = method.adapt(field, after, trial, merged, norm, course.last, moves, tol, fixed)
+        course = judged(course, tried, trial, finite, passed, norm, found.complete, factor, plan)
+        if seen is not None:
+            course = seen.ended(course, tried)
+    return found.rows, course.stats(field.counts), [] if watching is None else watching.crossings
 
-    stats = OdeStats(
-        steps, rejected, failures, iterations, status, now, taken,
-        field.counts.evaluations, field.counts.jacobians, field.counts.factorisations,
-    )  # fmt: skip
-    return torch.stack(rows), stats
+
+def planned(t: Tensor, options: Options) -> Plan:
+    """What is asked for."""
+    limit, lengths = options.max_step, options.step_size
+    return Plan(
+        t[0],
+        t[-1],
+        torch.where(t[-1] >= t[0], 1.0, -1.0).to(t),
+        None if limit is None else t.new_tensor(limit),
+        None if lengths is None else torch.as_tensor(lengths, dtype=t.dtype, device=t.device).reshape(-1),
+        torch.tensor(options.max_steps, device=t.device),
+    )
+
+
+def _first(
+    method: Method, field: Field, now: Tensor, y: Tensor, f: Tensor, plan: Plan, tol: Tolerance, options: Options
+) -> Tensor:
+    """The first step of every sample, signed."""
+    span = plan.end - plan.start
+    if plan.lengths is not None:
+        return (plan.sign * plan.lengths[0]).expand_as(now)
+    if options.first_step is not None:
+        return (plan.sign * span.abs().clamp_max(options.first_step)).expand_as(now)
+    slope = field.slope(now, y, f)
+    h = first_step(field.slope, now, y, slope, span.expand_as(now), method.error_order, tol)
+    return torch.where(torch.isfinite(h) & (h != 0), h, plan.sign * 1e-6)
 
 
 def _frozen(passed: Tensor, trial: Trial) -> tuple[Tensor, ...]:

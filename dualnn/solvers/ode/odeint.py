@@ -6,32 +6,39 @@ r"""Initial value problems, stiff or not, with error-controlled values and exact
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_interpreter_stack
 
-from dualnn.engine.dual_tensor import primal_of, top_level
-from dualnn.engine.errors import ConvergenceError, DualInputError, UnsupportedOpError, unknown_name
+from dualnn.engine.dual_tensor import top_level
+from dualnn.engine.errors import ConvergenceError, unknown_name
 from dualnn.engine.untraced import untraced
 from dualnn.solvers.factors import refuse_mixing
 from dualnn.solvers.ode.bdf import BDF
-from dualnn.solvers.ode.captured import lifted, refuse_captured
-from dualnn.solvers.ode.control import Tolerance
+from dualnn.solvers.ode.captured import lifted, plain, refuse_captured
+from dualnn.solvers.ode.checks import check_jacobian, check_problem, check_use, tolerance
+from dualnn.solvers.ode.complex_states import real_event, real_matrix, real_rhs, to_complex, to_real
+from dualnn.solvers.ode.dop853 import DOP853
 from dualnn.solvers.ode.dopri5 import DOPRI5
+from dualnn.solvers.ode.events import Event, Watch, events_of, gathered, missing
 from dualnn.solvers.ode.field import Counts, Field
 from dualnn.solvers.ode.follow import Forward, differentiated, sizes
 from dualnn.solvers.ode.loop import Follower, integrate
+from dualnn.solvers.ode.mass import check_mass, consistent
 from dualnn.solvers.ode.method import Method
 from dualnn.solvers.ode.options import Options
+from dualnn.solvers.ode.progress import progress
 from dualnn.solvers.ode.radau import Radau
 from dualnn.solvers.ode.reverse import Reverse
 from dualnn.solvers.ode.rodas5p import RODAS5P
+from dualnn.solvers.ode.runge_kutta import RungeKutta
 from dualnn.solvers.ode.stats import ON_FAILURE, OnFailure, failure
 
 METHODS: dict[str, Callable[[Options], Method]] = {
     "bdf": lambda options: BDF(options.max_order),
+    "dop853": lambda options: DOP853,
     "dopri5": lambda options: DOPRI5,
     "radau": lambda options: Radau(),
     "rodas5p": lambda options: RODAS5P,
@@ -51,6 +58,9 @@ def odeint(
     options: dict[str, Any] | None = None,
     full_output: bool = False,
     *,
+    mass: Tensor | None = None,
+    jac: Callable[..., Tensor] | None = None,
+    events: Callable[..., Tensor] | Event | Sequence[Callable[..., Tensor] | Event] | None = None,
     on_failure: OnFailure = "raise",
 ) -> Any:
     r"""Integrate ``y' = fn(t, y, *args)`` from ``y(t[0]) = y0``, differentiably in ``y0``, ``t`` and ``args``.
@@ -68,12 +78,14 @@ def odeint(
     ``radau``    Radau IIA of order 5, implicit: accurate, robust; the choice for tight tolerances
     ``rodas5p``  Rosenbrock of order 5, without iterations: for stiff problems with few unknowns
     ``dopri5``   Dormand-Prince 5(4), explicit: for problems that are not stiff
+    ``dop853``   Dormand-Prince 8(5,3), explicit: for problems that are not stiff, at tight tolerances
     ===========  =====================================================================================================
 
     Args:
         fn: ``fn(t, y, *args)`` returns y's shape and dtype. A module's parameters are differentiated as well; what else
             it captures must not be.
-        y0: ``(n,)`` for one system, ``(B, n)`` for B of them; float32 or float64.
+        y0: ``(n,)`` for one system, ``(B, n)`` for B of them; float32 or float64, or complex of their sizes: then the
+            real and imaginary parts are integrated (``fn`` need not be holomorphic) and tested, each by itself.
         t: Times at which the solution is wanted, increasing or decreasing, the first of them that of ``y0``. ``fn``
             gets a time of shape ``()`` for one system, ``(B, 1)`` for a batch.
         args: Further arguments. DualTensors, and tensors that require grad, are differentiated.
@@ -81,12 +93,23 @@ def odeint(
         rtol: Relative tolerance of a step's error, a number or one for each component.
         atol: Absolute tolerance, likewise.
         options: See `solvers.ode.options.Options`: ``first_step``, ``max_step``, ``step_size`` (fixed), ``max_steps``,
-            ``norm``, ``land``, ``newton_tol``, ``sensitivities`` (tangents take part in the error test), ``max_order``.
+            ``norm``, ``land``, ``newton_tol``, ``sensitivities`` (tangents take part in the error test), ``max_order``,
+            ``project`` (make ``y0`` consistent with the algebraic equations), ``progress`` (show a bar).
         full_output: Return ``(y, OdeStats)``.
+        mass: Mass matrix M of ``M y' = fn(t, y, *args)``, constant, ``(n, n)`` or ``(B, n, n)``, for the methods for
+            stiff problems. It may be singular: rows without y' are algebraic equations (of index 1), which ``y0`` must
+            satisfy. It may be differentiated.
+        jac: ``jac(t, y, *args) -> (*batch, n, n)``, the derivative of ``fn`` in y, for the values of implicit methods;
+            compared with the engine's once, at the start. Derivatives use the engine's. None: the engine's throughout.
+        events: One function ``event(t, y, *args) -> (*batch,)`` whose zeros are wanted, or several; each may be an
+            `Event` (terminal, direction, required), or have scipy's attributes ``terminal`` and ``direction``. A zero
+            is seen where the function has changed sign over a step (``max_step`` finds shorter excursions), not at the
+            start. After a terminal event a sample's results are nan.
         on_failure: For samples that cannot be integrated to the end: ``"raise"``, or give ``"nan"`` from there on.
 
     Returns:
-        The solution at all times; with ``full_output``, and its `OdeStats`.
+        The solution at all times; with ``events``, then their `Occurrences` (a tuple of them if ``events`` is a
+        sequence), differentiable as the solution; with ``full_output``, then its `OdeStats`.
 
     Shape:
         ``y0: (*batch, n), t: (T,) -> (T, *batch, n)``.
@@ -95,7 +118,9 @@ def odeint(
         ConvergenceError: Samples that were given up: which, why, when, and what to do.
         StructureError: ``fn`` returns another shape or dtype, or mixes samples.
         TangentLostError: ``fn`` captured something that is being differentiated.
-        DualInputError: Times out of order, shapes or dtypes that disagree, tolerances that the dtype cannot meet.
+        DualInputError: Times out of order, shapes or dtypes that disagree, tolerances that the dtype cannot meet, a
+            ``y0`` that violates algebraic equations.
+        SingularMatrixError: ``M y' = fn`` of an index above 1; the derivative of an event whose function touches zero.
 
     Reference:
         Hairer, Wanner, "Solving Ordinary Differential Equations II", 1996; sensitivities: Maly, Petzold, "Numerical
@@ -111,84 +136,89 @@ def odeint(
         >>> y, dy = dn.jvp(end, (rate,), (torch.ones_like(rate),))
         >>> round(float(y), 6), round(float(dy), 6)  # exp(-2), -exp(-2)
         (0.135335, -0.135335)
+
+        When is a quarter left, and how does that depend on the rate? At ln(4) / rate.
+
+        >>> def left(t, y, rate):
+        ...     return y[..., 0] - 0.25
+        >>> rate.requires_grad_()
+        tensor([2.], dtype=torch.float64, requires_grad=True)
+        >>> _, found = odeint(decay, torch.ones(1).double(), t, (rate,), "dop853", events=Event(left, terminal=True))
+        >>> found.t.sum().backward()
+        >>> round(found.t.item(), 6), round(rate.grad.item(), 6)
+        (0.693147, -0.346574)
     """
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     if on_failure not in ON_FAILURE:
         raise unknown_name("on_failure", on_failure, ON_FAILURE)
-    _check(y0, t, args)
+    check_problem(y0, t, args)
     chosen = Options.of(options)
-    fn, args = lifted(fn, args)
-    values = y0, t, *args
-    y, times, *plain = (primal_of(v).detach() if isinstance(v, Tensor) else v for v in values)
-    tol = _tolerance(rtol, atol, y, chosen)
-    refuse_captured(fn, times[0] + torch.zeros_like(y[..., 0]), y, plain)
     scheme = METHODS[method](chosen)
-    field = Field(fn, plain, Counts())
+    given, (fn, args) = len(args), lifted(fn, args)
+    watched, alone = events_of(events)
+    conditions = [event.fn for event in watched]
+    tol = tolerance(rtol, atol, plain(y0), chosen)
+    if mass is not None:
+        check_mass(mass, y0, method, isinstance(scheme, RungeKutta))
+    if jac is not None:
+        check_use(jac, y0, method, isinstance(scheme, RungeKutta))
+    turned = y0.is_complex()
+    if turned:
+        fn, y0, conditions = real_rhs(fn), to_real(y0), [real_event(g) for g in conditions]
+        mass = None if mass is None else real_matrix(mass)
+    for name, depends in (("fn", fn), *((f"event {k}", own(g, given)) for k, g in enumerate(conditions))):
+        refuse_captured(depends, times(plain(t)[0], plain(y0)), plain(y0), [plain(a) for a in args], name)
+    if mass is not None:
+        y0 = consistent(lambda t, y, *args: Field(fn, args)(t, y), t[0], y0, mass, args, tol, chosen.project)
+        args = (mass, *args)
+    values = y0, t, *args
+    y, at, *rest = (plain(v) for v in values)
+    field = Field(fn, rest, Counts(), mass is not None, None if jac is None else own(jac, given))
+    asked = [own(placed(g), given) for g in conditions]
     follower: Follower | None = None
     if differentiated(values):
-        whole = Field(fn, args)
+        whole = field.at(args)
         if top_level(values):
-            follower = Forward(scheme, whole, y0, t, sizes(values).to(y) if chosen.sensitivities else None)
+            size = sizes(values).to(y) if chosen.sensitivities else None
+            follower = Forward(scheme, whole, y0, t, size, asked)
         else:
-            follower = Reverse(scheme, whole, y0, t)
+            follower = Reverse(scheme, whole, y0, t, asked)
     with torch.no_grad():
         if y.dim() > 1 and len(y) > 1:
-            refuse_mixing(lambda y: field(times[0] + torch.zeros_like(y[..., 0]), y), y)
-        found, stats = integrate(scheme, field, y, times, tol, chosen, follower)
+            refuse_mixing(lambda y: field(times(at[0], y), y), y)
+        if jac is not None:
+            check_jacobian(field, times(at[0], y), y)
+        watch = partial(Watch, watched, [lambda t, y, g=g: g(t, y, *rest) for g in asked]) if watched else None
+        with progress(at[0], at[-1], chosen.progress) as tell:
+            found, stats, crossings = integrate(scheme, field, y, at, tol, chosen, follower, watch, tell)
     if on_failure == "raise" and not bool(stats.done.all()):
         raise ConvergenceError(failure(stats, method))
     if follower is not None:
-        found = follower.finish()
-    return (found, stats) if full_output else found
+        found, crossings = follower.finish(), follower.crossings
+    occurrences = gathered(watched, crossings, y)
+    if on_failure == "raise":
+        missing(watched, occurrences)
+    if turned:
+        found, occurrences = to_complex(found), [o._replace(y=to_complex(o.y)) for o in occurrences]
+    results: list[Any] = [found]
+    if events is not None:
+        results.append(occurrences[0] if alone else tuple(occurrences))
+    if full_output:
+        results.append(stats)
+    return tuple(results) if len(results) > 1 else found
 
 
-def _check(y0: Any, t: Any, args: Any) -> None:
-    if get_interpreter_stack():
-        raise UnsupportedOpError(
-            "odeint inside a torch.func transform: use dualnn.jvp for forward derivatives, backward() or "
-            "torch.autograd.grad for reverse ones, and a batch (B, n) for vmap"
-        )
-    for name, x in (("y0", y0), ("t", t)):
-        if not isinstance(x, Tensor):
-            raise DualInputError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dtype not in (torch.float32, torch.float64):
-            raise DualInputError(f"{name} must be float32 or float64, got {x.dtype}: convert it")
-        if not bool(torch.isfinite(primal_of(x)).all()):
-            raise DualInputError(f"{name} holds values that are nan or infinite")
-    if y0.dim() not in (1, 2) or y0.numel() == 0:
-        raise DualInputError(f"y0 must be (n,) for one system or (B, n) for B of them: got {tuple(y0.shape)}")
-    if t.dtype != y0.dtype or t.device != y0.device:
-        raise DualInputError(f"t is {t.dtype} on {t.device}, y0 is {y0.dtype} on {y0.device}: write t.to(y0)")
-    if t.dim() != 1 or t.numel() == 0:
-        raise DualInputError(f"t must be (T,), the start and the times asked for, got {tuple(t.shape)}")
-    gaps = primal_of(t).detach().diff()
-    if len(gaps) and not (bool((gaps > 0).all()) or bool((gaps < 0).all())):
-        bad = int(torch.nonzero(gaps * gaps[0] <= 0)[0])
-        raise DualInputError(
-            f"t must increase or decrease without repetition: t[{bad}] = {float(primal_of(t)[bad]):.9g} is followed by "
-            f"{float(primal_of(t)[bad + 1]):.9g}. Sort it, and drop what is repeated."
-        )
-    if not isinstance(args, (tuple, list)):
-        raise DualInputError(f"args must be a tuple of further arguments, got {type(args).__name__}: write args=(a,)")
+def times(t: Tensor, y: Tensor) -> Tensor:
+    """A time for every sample."""
+    return t.expand(y.shape[:-1])
 
 
-def _tolerance(rtol: float | Tensor, atol: float | Tensor, y: Tensor, options: Options) -> Tolerance:
-    parts = []
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        x = torch.as_tensor(value, dtype=y.dtype, device=y.device)
-        if x.dim() and x.shape != y.shape[-1:]:
-            raise DualInputError(f"{name} must be a number or ({y.shape[-1]},), one a component: got {tuple(x.shape)}")
-        if not bool((x > 0).all()):
-            raise DualInputError(
-                f"{name} must be > 0, got {float(x.min()):.3g}"
-                + (": a component that passes through 0 has no relative accuracy" if name == "atol" else "")
-            )
-        parts.append(x)
-    least = 10 * torch.finfo(y.dtype).eps
-    if float(parts[0].min()) < least:
-        raise DualInputError(
-            f"rtol = {float(parts[0].min()):.3g} is below what {y.dtype} can give, {least:.2g}: raise it"
-            + (", or use float64" if y.dtype == torch.float32 else "")
-        )
-    return Tolerance(parts[0], parts[1], options.norm)
+def own(fn: Callable[..., Any], given: int) -> Callable[..., Any]:
+    """A further function of the user's: it gets the arguments as they were given, the last ones of all."""
+    return lambda t, y, *args: fn(t, y, *args[len(args) - given :])
+
+
+def placed(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """For times of the batch's shape."""
+    return lambda t, y, *args: fn(t.unsqueeze(-1) if y.dim() > 1 else t, y, *args)

@@ -28,6 +28,9 @@ class Options:
         newton_tol: When Newton's method has converged, as a fraction of the error test's tolerance.
         sensitivities: Tangents take part in the error test.
         max_order: Of bdf.
+        project: With a singular mass matrix, make any ``y0`` consistent with the algebraic equations, as far as
+            ``M y0`` leaves it open. Otherwise one that is more than the tolerance away is refused.
+        progress: Show a bar: how far the slowest sample is.
     """
 
     first_step: float | None = None
@@ -39,6 +42,8 @@ class Options:
     newton_tol: float | None = None
     sensitivities: bool = False
     max_order: int = 5
+    project: bool = False
+    progress: bool = False
 
     def __post_init__(self) -> None:
         for name in ("first_step", "max_step", "newton_tol"):
