@@ -349,11 +349,10 @@ class Scaled(Tangent):
         _, second, m = b._parts
         if factor is None:
             return Scaled(base)._numbered(n + m)
-        if not all(f.checked(base) for f in (factor, second) if f is not None):
-            return None
         left, right = _product(factor, n), _product(second, m)
         total: Tensor = left + (number(right, left) if type(right) is float else right)  # type: ignore[arg-type, assignment]
-        return Scaled(base, _Factor(total, True)) if _tests(total.dtype).bounded(total) else None
+        sure = factor.sure and (second is None or second.sure)
+        return Scaled(base, _Factor(total, sure)) if _tests(total.dtype).bounded(total) else None
 
     def _terms(self) -> tuple[Tensor, Tensor | float]:
         base, factor, n = self._parts
