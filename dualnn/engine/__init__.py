@@ -19,6 +19,7 @@ from dualnn.engine.errors import (
 )
 from dualnn.engine.gradcheck import GradcheckError, gradcheck
 from dualnn.engine.jacobians import jacobian
+from dualnn.engine.scaled import scaled_tangents
 from dualnn.engine.second_order import hessian, hvp, laplacian
 from dualnn.engine.sparsity import Sparsity, detect
 from dualnn.engine.transforms import jvp
@@ -46,4 +47,5 @@ __all__ = [
     "jvp",
     "laplacian",
     "rules",
+    "scaled_tangents",
 ]

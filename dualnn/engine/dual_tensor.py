@@ -59,7 +59,7 @@ class DualTensor(Tensor):
         """The directions as one tensor ``(K, *shape)`` (zeros where the value does not depend on them)."""
         if self._tan.is_zero:
             return torch.zeros((self._tan.num, *self._primal.shape), dtype=self.dtype, device=self.device)
-        return self._tan.dense()
+        return self._tan.given()
 
     @property
     def num_tangents(self) -> int:
@@ -158,6 +158,8 @@ def make(primal: Tensor, tan: Tangent, level: int) -> DualTensor:
             raise UnsupportedOpError("an operation from complex to real numbers has a rule for real ones only")
         data = tan.data.to(primal.dtype)
         tan = PerSample(data, tan.batch) if isinstance(tan, PerSample) else Dense(data)
+    elif tan.waits and tan.dtype != dtype:  # type: ignore[attr-defined]
+        tan = Dense(tan.dense().to(dtype))
     shell._primal = primal
     shell._tan = tan
     shell._level = level

@@ -106,16 +106,16 @@ def _tensors(a: Tensor, fa: Tensor | float, b: Tensor, fb: Tensor | float) -> Te
     if not plain or left.dtype != fb.dtype or left.dtype != b.dtype:
         return left + b * fb
     # A product that has the result's shape is a temporary of ours: add to it in place.
-    own = left is not a and _fits(b, left) and _fits(fb, left)
+    own = left is not a and fits(b.shape, left.shape) and fits(fb.shape, left.shape)
     return left.addcmul_(b, fb) if own else torch.addcmul(left, b, fb)
 
 
-def _fits(t: Tensor, into: Tensor) -> bool:
-    """Whether ``t`` broadcasts to the shape of ``into``."""
-    if t.shape == into.shape:
+def fits(shape: torch.Size, into: torch.Size) -> bool:
+    """Whether one shape broadcasts to another."""
+    if shape == into:
         return True
-    pairs = zip(reversed(t.shape), reversed(into.shape), strict=False)
-    return t.dim() <= into.dim() and all(n == 1 or n == m for n, m in pairs)
+    pairs = zip(reversed(shape), reversed(into), strict=False)
+    return len(shape) <= len(into) and all(n == 1 or n == m for n, m in pairs)
 
 
 def _floating(factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ structurally zero, of low rank, or can be drawn again when it is needed. A rule 
 =============  =================================================================================
 `Zero`         no dependence at all: 0 times infinity stays 0, and nothing is computed
 `Dense`        the tensor itself
+`Scaled`       a factor of the value's size times directions that a chain of operations shares (`scaled.py`)
 `PerSample`    dense, after the batch axis was reduced: direction ``k * batch + b`` perturbs sample b only
 `Separate`     one direction per argument of an elementwise function, kept apart and unbroadcast
 `LowRank`      :math:`\dot W_k = \sum_r a_{kr} b_{kr}^T`, for weights (never forms the matrix in linear)
@@ -23,9 +24,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C import _is_alias_of  # type: ignore[attr-defined]
+from torch._C._functorch import is_functorch_wrapped_tensor
 
-from dualnn.engine.errors import StructureError
+from dualnn.engine.errors import DualInputError, StructureError
 from dualnn.engine.scaling import aligned, full, idle, product, scaled, sum_of_products, surely_finite, times
+
+LARGE = 1 << 17  # numbers in all directions together, from which on it is looked for ways to form them less often
 
 
 class Tangent:
@@ -33,6 +38,7 @@ class Tangent:
 
     __slots__ = ("num",)
     is_zero = False
+    waits = False  # whether a product with the directions has been postponed
 
     def __init__(self, num: int) -> None:
         self.num = num
@@ -40,6 +46,10 @@ class Tangent:
     def dense(self) -> Tensor:
         """The directions as one tensor ``(K, *shape)``."""
         raise NotImplementedError
+
+    def given(self) -> Tensor:
+        """The same, for somebody who may write to it."""
+        return self.dense()
 
     def scale(self, factor: Tensor | float, shape: torch.Size, singular: bool = False) -> Tangent:
         """Multiply every direction by ``factor``, broadcast to the result's ``shape``.
@@ -108,29 +118,101 @@ class Zero(Tangent):
         return self if other is None else other
 
 
-class Dense(Tangent):
-    """All directions in one tensor ``(K, *shape)``."""
+class Base:
+    """Directions that nobody writes to, so that a product with them may wait (`scaled.py`).
 
-    __slots__ = ("data",)
+    Attributes:
+        data: The directions ``(K, *shape)``.
+        shape: Shape of the value.
+        shared: A product with them may be waiting.
+        given: Somebody else was given the tensor, and may write to it from now on.
+        modest: Whether no direction is large, if that is known.
+    """
+
+    __slots__ = ("__weakref__", "_version", "data", "given", "modest", "shape", "shared")
 
     def __init__(self, data: Tensor) -> None:
+        self.data, self.shape, self._version = data, data.shape[1:], data._version
+        self.shared = self.given = False
+        self.modest: bool | None = None
+
+    def checked(self) -> Tensor:
+        """The directions; raises if they were written to."""
+        if self.data._version != self._version and not self.given:
+            raise DualInputError(
+                f"directions of shape {tuple(self.data.shape)} were overwritten in place after an operation on their "
+                "dual, and before its tangent was read. Write to a clone of them, or run the operations under "
+                "dualnn.engine.scaled_tangents(False)."
+            )
+        return self.data
+
+    def depart(self) -> None:
+        """Part from a tensor that somebody else may write to from now on."""
+        if self.data._version == self._version:  # otherwise whoever reads the directions is told
+            self.data = self.data.clone()
+            self._version = self.data._version
+
+
+class Dense(Tangent):
+    """All directions in one tensor ``(K, *shape)``.
+
+    Args:
+        data: The tensor.
+        base: Of whom it is known who holds it: the tensor, or what it is a view of.
+    """
+
+    __slots__ = ("base", "data")
+
+    def __init__(self, data: Tensor, base: Base | None = None) -> None:
         self.num = data.shape[0]
         self.data = data
+        self.base = base
 
     def dense(self) -> Tensor:
         """The stored tensor itself."""
         return self.data
 
+    def given(self) -> Tensor:
+        """The stored tensor, or a copy (stored from now on) where products with it are waiting."""
+        if self.base is not None:
+            if self.base.shared and not self.base.given:
+                self.data = self.data.clone()
+                self.base = Base(self.data)
+            self.base.given = True
+        return self.data
+
     def scale(self, factor: Tensor | float, shape: torch.Size, singular: bool = False) -> Tangent:
         """Multiply the tensor."""
-        if singular:
-            return Dense(scaled(self.data, factor, shape, True))
         data = self.data
-        out = data if type(factor) is float and factor == 1.0 else times(aligned(data, len(shape)), factor)
+        if type(factor) is float and factor == 1.0:
+            out = data
+        else:
+            if self.base is not None:
+                waiting = _postponed(self, factor, shape, singular)
+                if waiting is not None:
+                    return waiting
+            if singular:
+                return _new(scaled(data, factor, shape, True))
+            out = times(aligned(data, len(shape)), factor)
         found = out.shape
         if len(found) != len(shape) + 1 or found[1:] != shape:
-            out = aligned(out, len(shape)).expand(data.shape[0], *shape)
-        return self if out is data else Dense(out)
+            return Dense(aligned(out, len(shape)).expand(data.shape[0], *shape))
+        return self if out is data else _new(out)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Tangent:
+        """Apply a linear map to the directions; the result may be a view of them."""
+        out = fn(self.data)
+        if type(out) is not Tensor or (self.base is None and out.numel() < LARGE) or is_functorch_wrapped_tensor(out):
+            return Dense(out)
+        return Dense(out, self.base) if _is_alias_of(out, self.data) else _new(out)
+
+    def plus(self, other: Tangent | None) -> Tangent:
+        """Sum."""
+        if other is None or other.is_zero:
+            return self
+        if other.waits or isinstance(other, PerSample):
+            return other.plus(self)
+        return _new(self.data + other.dense())
 
     def joined(
         self,
@@ -145,8 +227,10 @@ class Dense(Tangent):
             return super().joined(factor, other, other_factor, shape, singular)
         if singular and not (surely_finite(factor) and surely_finite(other_factor)):
             return super().joined(factor, other, other_factor, shape, singular)
+        if self.base is not None and self.base is other.base:
+            return super().joined(factor, other, other_factor, shape, singular)
         a, b = aligned(self.data, len(shape)), aligned(other.data, len(shape))
-        return Dense(full(sum_of_products(a, factor, b, other_factor, a.dtype), self.num, shape))  # type: ignore[arg-type]
+        return _new(full(sum_of_products(a, factor, b, other_factor, a.dtype), self.num, shape))  # type: ignore[arg-type]
 
 
 class PerSample(Dense):
@@ -298,6 +382,21 @@ class Separate(Tangent):
         if not isinstance(other, Separate):
             return super().plus(other)
         return self.joined(1.0, other, 1.0, self.shape)
+
+
+def _new(data: Tensor) -> Dense:
+    """Directions that an operation has just made, and that nobody else holds."""
+    if type(data) is not Tensor or data.numel() < LARGE:
+        return Dense(data)
+    from dualnn.engine.scaled import owned  # needs this module
+
+    return owned(data)
+
+
+def _postponed(tan: Dense, factor: Tensor | float, shape: torch.Size, singular: bool) -> Tangent | None:
+    from dualnn.engine.scaled import postponed  # needs this module
+
+    return postponed(tan, factor, shape, singular)
 
 
 def _signed(factor: Tensor | float, sign: float) -> Tensor | float:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from dualnn.engine.dual_tensor import DualTensor, checked_tangent, make, seed
 from dualnn.engine.errors import DualShapeError, UnsupportedOpError
 from dualnn.engine.levels import fresh_level
+from dualnn.engine.scaled import lend, settled, take_back
 from dualnn.engine.tangents import Tangent, Zero
 
 
@@ -27,6 +28,15 @@ def push(fn: Callable, primals: Sequence[Any], tangents: Sequence[Tangent | None
         ``(out, dout)`` in fn's own structure; the leaves of ``dout`` are `Tangent` objects (`Zero` where an output
         does not depend on the inputs), None for outputs that are not floating point tensors.
     """
+    lent = lend(tangents)
+    try:
+        return _pushed(fn, primals, tangents)
+    finally:
+        if lent:
+            take_back(lent)
+
+
+def _pushed(fn: Callable, primals: Sequence[Any], tangents: Sequence[Tangent | None]) -> tuple[Any, Any]:
     with fresh_level() as level:
         duals = [p if t is None else make(p, t, level) for p, t in zip(primals, tangents, strict=True)]
         num = next(t.num for t in tangents if t is not None)
@@ -36,7 +46,7 @@ def push(fn: Callable, primals: Sequence[Any], tangents: Sequence[Tangent | None
     for leaf in leaves:
         if isinstance(leaf, DualTensor) and leaf._level == level:
             values.append(leaf._primal)
-            pushed.append(leaf._tan)
+            pushed.append(settled(leaf._tan))
         elif isinstance(leaf, DualTensor) and leaf._level > level:
             raise UnsupportedOpError(
                 "the function returned a DualTensor that it built itself from its arguments, which hides their "
@@ -54,7 +64,7 @@ def dense_of(tan: Tangent | None, value: Any) -> Tensor | None:
         return None
     if tan.is_zero:
         return torch.zeros((tan.num, *value.shape), dtype=value.dtype, device=value.device)
-    return tan.dense()
+    return tan.given()
 
 
 def jvp(fn: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dualnn.engine import StructureError
-from dualnn.engine.tangents import Dense, Drawn, LowRank, PerSample, Separate, Zero, aligned, scaled
+from dualnn.engine.scaled import Scaled, _Factor
+from dualnn.engine.tangents import Base, Dense, Drawn, LowRank, PerSample, Separate, Zero, aligned, scaled
 from tests.engine.oracles import rand
 
 K, SHAPE = 4, torch.Size((3, 2))
@@ -21,6 +22,8 @@ def factors():
 KINDS = {
     "Zero": lambda: Zero(K),
     "Dense": lambda: Dense(draw(1)()),
+    "Scaled": lambda: Scaled(Base(draw(1)()), _Factor(rand(9)(3, 1), False), 0.5),
+    "Scaled, a number": lambda: Scaled(Base(draw(1)()), None, 2.0),
     "PerSample": lambda: PerSample(draw(2)(), 2),
     "Separate": lambda: Separate(K, {0: rand(3)(3, 1), 2: rand(4)(2)}, SHAPE),
     "LowRank": lambda: LowRank(K, factors, SHAPE),
