@@ -42,7 +42,10 @@ class Step(NamedTuple):
     @property
     def lengths(self) -> Tensor:
         """``h``, and next to nothing for the others: from a rejected length f may overflow, and 0 times inf is nan."""
-        return torch.where(self.good, self.h, 1e-6 * self.h)
+        used = self.good
+        for crossing in self.crossings:
+            used = used | crossing.samples
+        return torch.where(used, self.h, 1e-6 * self.h)
 
 
 class Follower(Protocol):
