@@ -44,13 +44,15 @@ def test_right_functions_are_right(fn, inputs, order: int) -> None:
     assert {v.mode for v in report.verdicts} == set(ALL[: order + 1])
 
 
+FLOWS = {"van_der_pol", "fitzhugh_nagumo", "learned_flow"}
 # Their derivative is that of another function, as their names' docstrings say.
 HARD = {"quantize", "hard_topk", "heaviside", "rank", "round", "sign", "spike"}
 
 
 @pytest.mark.parametrize("name", dn.activations.available())
 def test_the_zoo_is_right_and_a_surrogate_is_told(name: str) -> None:
-    act = dn.activations.get(name)
+    # An adaptive solver's steps jump with its input, which differences of its slope see: equal steps for the flows.
+    act = dn.activations.get(name, **({"steps": 20} if name in FLOWS else {}))
     report = dn.gradcheck(act, POINTS.abs() + 0.2, raise_exception=False)
     assert bool(report) == (name not in HARD), str(report)
     assert {v.name for v in report.verdicts} == {"input 0", *(n for n, _ in act.named_parameters())}
