@@ -46,52 +46,68 @@ class Window(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, cell: OnlineCell, state: OnlineState, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
-        weight, bias, *own = parameters
-        projected = torch.nn.functional.linear(x, weight, bias)
-        before, after = cell.run(state.values, projected, own)
-        jacobian, kept = cell.linearise(before, after, cell.drives(projected), own)
-        y = cell.output(after)
+        if state.weight is None or state.own is None:
+            raise DualInputError("this state carries no sensitivities")
+        after, kept, weight_trace, own_trace = cell.ahead(state, x, *parameters)
         new = [a[-1].clone() for a in after]
-        weight_trace, own_trace = moved(cell, state, x, jacobian, kept, own)
-        ctx.cell, ctx.sizes = cell, (len(after), len(own), len(kept))
+        ctx.cell, ctx.sizes = cell, (len(parameters), len(after), len(kept))
         # The state's tensors are ours and never written to; x and the parameters are checked for that by autograd.
-        entries = [t for row in jacobian for t in row]
-        ctx.save_for_backward(x, *parameters, state.weight, state.own, *after, *kept, *entries)
+        ctx.save_for_backward(x, *parameters, state.weight, state.own, *after, *kept)
         ctx.mark_non_differentiable(*new, weight_trace, own_trace)
         ctx.set_materialize_grads(False)
-        return y, *new, weight_trace, own_trace
+        return cell.output(after), *new, weight_trace, own_trace
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: D102
-        cell: OnlineCell = ctx.cell
-        states, owns, keeps = ctx.sizes
         wanted = ctx.needs_input_grad[2:]
-        out: list[Tensor | None] = [None] * len(wanted)
         if grad is None:
-            return None, None, *out
+            return None, None, *[None] * len(wanted)
         given = iter(ctx.saved_tensors)
-        x, weight, _, *own = (next(given) for _ in range(3 + owns))
-        weight_trace, own_trace = next(given), next(given)
-        after, kept = ([next(given) for _ in range(n)] for n in (states, keeps))
-        jacobian = [[next(given) for _ in range(states)] for _ in range(states)]
-        delta, first = adjoint(jacobian, cell.output_adjoint(grad, after), after)
-        drives, mine = cell.pull(kept, [d.conj() for d in delta], own)
-        rows = cell.packed([d.conj() for d in drives], -1)  # (T, B, R N)
-        if wanted[0]:
-            out[0] = rows @ weight
-        if wanted[1] or wanted[2]:
-            rows = rows.flatten(0, 1)
-            past = torch.einsum("bsgni,sbn->gni", weight_trace.conj(), torch.stack(first))
-            behind = cell.packed(list(past), 0)  # (R N, I + 1)
-            out[1] = torch.addmm(behind[:, :-1], rows.T, x.flatten(0, 1))
-            out[2] = behind[:, -1] + rows.sum(0)
-        if owns:
-            past = torch.einsum("bspn,sbn->pn", own_trace.conj(), torch.stack(first))
-            for p in range(owns):
-                total = mine[p].conj().sum(0) + past[p]
-                out[3 + p] = total.real if total.is_complex() and not own[p].is_complex() else total
-        return None, None, *out
+        x = next(given)
+        parameters, traces, after, kept = ([next(given) for _ in range(n)] for n in (ctx.sizes[0], 2, *ctx.sizes[1:]))
+        return None, None, *ctx.cell.back(grad, x, parameters, traces, after, kept, wanted[0])
+
+
+def ahead(
+    cell: OnlineCell, state: OnlineState, x: Tensor, weight: Tensor, bias: Tensor, *own: Tensor
+) -> tuple[Sequence[Tensor], list[Tensor | None], Tensor, Tensor]:
+    """States after every step, what `back` needs, and the sensitivities at the end of the window."""
+    after, jacobian, kept = cell.along(state.values, torch.nn.functional.linear(x, weight, bias), own)
+    traces = moved(cell, state, x, jacobian, kept, own)
+    return after, [*(t for row in jacobian for t in row), *kept], *traces
+
+
+def back(
+    cell: OnlineCell,
+    grad: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    traces: Sequence[Tensor],
+    after: Sequence[Tensor],
+    kept: list[Tensor | None],
+    wants_x: bool,
+) -> list[Tensor | None]:
+    """Gradients of x and of the parameters, over the whole past."""
+    weight, _, *own = parameters
+    size = len(after)
+    jacobian = [kept[i * size : (i + 1) * size] for i in range(size)]
+    delta, first = adjoint(jacobian, cell.output_adjoint(grad, after), after)
+    # Conjugates of real numbers cost nothing; for complex states gradients are cotangents, the conjugate derivatives.
+    drives, mine = cell.pull(kept[size * size :], [d.conj() for d in delta], own)
+    rows = cell.packed(drives.expand(*x.shape[:2], *drives.shape[2:]).conj())  # (T, B, R N)
+    whole = torch.stack(first)
+    behind = cell.packed(torch.einsum("bisgn,sbn->ign", traces[0].conj(), whole))  # (I + 1, R N)
+    flat = rows.flatten(0, 1)
+    found: list[Tensor | None] = [
+        rows @ weight if wants_x else None,
+        torch.addmm(behind[:-1].T, flat.T, x.flatten(0, 1)),
+        behind[-1] + flat.sum(0),
+    ]
+    if own:
+        total = mine.conj().sum(0) + torch.einsum("bspn,sbn->pn", traces[1].conj(), whole)
+        found += [t.real if t.is_complex() and not p.is_complex() else t for t, p in zip(total, own, strict=True)]
+    return found
 
 
 def transposed(rows: Rows) -> list[list[Tensor | None]]:
@@ -118,30 +134,25 @@ def moved(
     cell: OnlineCell, state: OnlineState, x: Tensor, jacobian: Rows, kept: list[Tensor | None], own: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The sensitivities at the end of the window."""
-    weight, mine = state.weight, state.own
-    if weight is None or mine is None:
-        raise DualInputError("this state carries no sensitivities")
     steps, batch, _ = x.shape
-    size, units = len(jacobian), weight.shape[3]
+    size = len(jacobian)
     suffix = suffixes(jacobian, [v.expand(steps, *v.shape) for v in state.values])
-    pulled = [cell.pull(kept, [s[1:] for s in row], own) for row in suffix]
-    columns = [c.expand(steps, batch, units) for drives, _ in pulled for c in drives]
-    left = torch.stack(columns, 2) if len(columns) > 1 else columns[0]
-    left = left.flatten(2).permute(1, 2, 0)  # (B, S G N, T)
-    # The bias is the weight of one more input, which is 1.
-    right = torch.cat([x, x.new_ones(steps, batch, 1)], -1).transpose(0, 1).to(left.dtype)  # (B, T, I + 1)
     whole = torch.stack([torch.stack([s[0] for s in row], 1) for row in suffix], 1)  # (B or 1, S, S, N)
 
-    def carried(trace: Tensor) -> Tensor:  # (B, S, …) -> the same; sums over the earlier state
-        phi = whole.unsqueeze(3)
-        phi = phi.unsqueeze(-1) if trace.dim() == 5 else phi
-        return phi[:, 0] * trace if size == 1 else (phi * trace.unsqueeze(1)).sum(2)
+    def carried(trace: Tensor) -> Tensor:  # (B, …, S, G or P, N) -> the same; sums over the earlier state
+        phi = whole.reshape(len(whole), *(1,) * (trace.dim() - 4), size, size, 1, whole.shape[-1])
+        return phi[..., 0, :, :] * trace if size == 1 else (phi * trace.unsqueeze(-4)).sum(-3)
 
-    new = torch.baddbmm(carried(weight).flatten(1, 3), left, right).reshape(weight.shape)
-    if not own:
-        return new, mine.clone()
-    added = torch.stack([torch.stack([m.expand(batch, units) for m in terms], 1) for _, terms in pulled], 1)
-    return new, carried(mine) + added
+    new, mine = carried(state.weight), carried(state.own)  # type: ignore[arg-type]
+    # The bias is the weight of one more input, which is 1. Inputs first: units lie side by side in the product.
+    inputs = torch.cat([x, x.new_ones(steps, batch, 1)], -1).to(new.dtype).permute(1, 2, 0)  # (B, I + 1, T)
+    for s, row in enumerate(suffix):
+        drives, added = cell.pull(kept, [f[1:] for f in row], own)
+        rows = drives.expand(steps, batch, *drives.shape[2:]).flatten(2).transpose(0, 1)  # (B, T, G N)
+        new[:, :, s] += torch.bmm(inputs, rows).unflatten(-1, drives.shape[2:])
+        if own:
+            mine[:, s] += added
+    return new, mine
 
 
 def adjoint(

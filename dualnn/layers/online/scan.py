@@ -84,6 +84,56 @@ def scan(a: Matrix, b: Vector, start: Sequence[Tensor], reverse: bool = False) -
     return found
 
 
+def steady(rate: Tensor, b: Tensor, start: Tensor | None = None, reverse: bool = False) -> Tensor:
+    """The same for one state and a rate that never changes, ``h_t = rate h_{t-1} + b_t``, written over ``b``.
+
+    Args:
+        rate: Broadcasts to a state.
+        b: What is added, ``(T, …)``.
+        start: The state before the first step; None: zero.
+        reverse: Begin with the last entry.
+
+    Example:
+        >>> steady(torch.tensor(0.5), torch.ones(4, 1)).flatten().tolist()
+        [1.0, 1.5, 1.75, 1.875]
+    """
+    steps = b.shape[0]
+    length = max(1, round(steps**0.5)) if steps > PLAIN else 1
+    blocks, rest = divmod(steps, length)
+    cut = (b[rest:] if reverse else b[: steps - rest]).unflatten(0, (blocks, length))
+    rows = cut.unbind(1)[::-1] if reverse else cut.unbind(1)
+    for before, now in zip(rows, rows[1:], strict=False):
+        now.addcmul_(rate, before)
+    powers = running(rate, length)
+    entries = torch.empty_like(rows[0])
+    state = torch.zeros_like(b[0]) if start is None else start
+    for end, entry in list(zip(rows[-1], entries, strict=True))[:: -1 if reverse else 1]:
+        state = torch.addcmul(end, powers[-1], entry.copy_(state))
+    if length > 1:
+        cut.addcmul_((powers.flip(0) if reverse else powers).unsqueeze(1), entries.unsqueeze(1))
+    else:
+        cut.addcmul_(rate, entries.unsqueeze(1))
+    for row in reversed(b[:rest].unbind(0)) if reverse else b[steps - rest :].unbind(0):
+        state = row.addcmul_(rate, state)
+    return b
+
+
+def running(rate: Tensor, steps: int) -> Tensor:
+    """``rate``, its square, … up to ``rate ** steps``, ``(steps, *rate.shape)``: to rounding, whatever the dtype."""
+    wide = torch.promote_types(rate.dtype, torch.float64)
+    return torch.cumprod(rate.to(wide).expand(steps, *rate.shape), 0).to(rate.dtype)
+
+
+def summed(a: Tensor, b: Tensor) -> Tensor:
+    """``(a * b).sum(0)``, a few steps at a time: fresh memory for the product would cost more than the product."""
+    parts = zip(a.split(32), b.split(32), strict=True)
+    first, second = next(parts)
+    total = (first * second).sum(0)
+    for first, second in parts:
+        total += (first * second).sum(0)
+    return total
+
+
 def _plain(a: Matrix, b: Vector, start: Sequence[Tensor], steps: int, reverse: bool) -> list[Tensor]:
     """One step after the other."""
     size = range(len(start))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dualnn.layers.online.scan import PLAIN, scan
+from dualnn.layers.online.scan import PLAIN, running, scan, steady, summed
 
 F64 = torch.float64
 
@@ -41,3 +41,31 @@ def test_entries_that_are_zero_may_be_left_out(steps, reverse):
         for b in ([x, None], [None, None]):
             for ours, theirs in zip(scan(a, b, start, reverse), one_by_one(a, b, start, steps, reverse), strict=True):
                 torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.complex128])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, PLAIN, PLAIN + 1, 64, 103])
+def test_a_rate_that_never_changes(steps, reverse, dtype):
+    rate, b, start = (
+        torch.randn(3, dtype=dtype) / 2,
+        torch.randn(steps, 2, 3, dtype=dtype),
+        torch.randn(2, 3, dtype=dtype),
+    )
+    (theirs,) = one_by_one([[rate.expand(steps, 1, 3)]], [b], [start], steps, reverse)
+    (zero,) = one_by_one([[rate.expand(steps, 1, 3)]], [b], [0 * start], steps, reverse)
+    torch.testing.assert_close(steady(rate, b.clone(), reverse=reverse), zero, rtol=1e-10, atol=1e-10)
+    assert steady(rate, b, start, reverse) is b
+    torch.testing.assert_close(b, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_powers_are_exact_to_rounding():
+    rate = torch.polar(torch.tensor([0.999, 0.5]), torch.tensor([3.0, 0.1]))
+    exact = torch.stack([rate.to(torch.complex128) ** k for k in range(1, 301)])
+    torch.testing.assert_close(running(rate, 300).to(torch.complex128), exact, rtol=1e-7, atol=1e-40)
+
+
+@pytest.mark.parametrize("steps", [1, 32, 70])
+def test_sums_of_products(steps):
+    a, b = torch.randn(steps, 2, 3, dtype=F64), torch.randn(steps, 1, 3, dtype=F64)
+    torch.testing.assert_close(summed(a, b), (a * b).sum(0))
