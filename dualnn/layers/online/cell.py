@@ -14,7 +14,7 @@ from dualnn.engine.errors import DualInputError, DualShapeError, UnsupportedOpEr
 from dualnn.engine.untraced import untraced
 from dualnn.layers.online.node import Rows, Window, ahead, back
 from dualnn.layers.online.partials import partials
-from dualnn.layers.online.scan import scan
+from dualnn.layers.online.scan import matrices, scan
 from dualnn.layers.online.state import OnlineState
 
 
@@ -143,10 +143,11 @@ class OnlineCell(nn.Module):
 
     def along(
         self, start: Sequence[Tensor], projected: Tensor, own: Sequence[Tensor]
-    ) -> tuple[Sequence[Tensor], Rows, list[Tensor | None]]:
-        """The states after every step of a window and what `linearise` says of them."""
+    ) -> tuple[Sequence[Tensor], Tensor, list[Tensor | None]]:
+        """The states after every step of a window, the Jacobians ``(T, S, S, B or 1, N)``, and what `pull` needs."""
         before, after = self.run(start, projected, own)
-        return after, *self.linearise(before, after, self.drives(projected), own)
+        rows, kept = self.linearise(before, after, self.drives(projected), own)
+        return after, matrices(rows, after[0]), kept
 
     def ahead(
         self, state: OnlineState, x: Tensor, weight: Tensor, bias: Tensor, *own: Tensor
@@ -300,7 +301,10 @@ class OnlineCell(nn.Module):
         """The states before and after every step of a window."""
         found = self.coefficients(self.drives(projected), own)
         if found is not None:
-            after = scan(*found, start)
+            rates, added = found
+            after = list(
+                scan(matrices(rates, added[0]), torch.stack(list(added), 1), torch.stack(list(start))).unbind(1)
+            )
         elif self.compiled is not None:
             after = self._in_chunks(start, projected, own)
         else:

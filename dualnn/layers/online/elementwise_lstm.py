@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from dualnn.layers.online.cell import OnlineCell
-from dualnn.layers.online.node import Rows
 from dualnn.layers.online.scan import summed
 
 
@@ -85,7 +84,7 @@ class ElementwiseLSTM(OnlineCell):
 
     def along(
         self, start: Sequence[Tensor], projected: Tensor, own: Sequence[Tensor]
-    ) -> tuple[Sequence[Tensor], Rows, list[Tensor | None]]:
+    ) -> tuple[Sequence[Tensor], Tensor, list[Tensor | None]]:
         """In closed form; the loop writes gates and states where the derivatives read them."""
         gates, recurrent = projected.unflatten(-1, (4, self.hidden_size)), torch.stack(list(own))
         h, c = (torch.cat([s.unsqueeze(0), s.new_empty(len(projected), *s.shape)]) for s in start)
@@ -116,8 +115,12 @@ class ElementwiseLSTM(OnlineCell):
         by_o *= seen
         torch.addcmul(i, i * g, g, value=-1, out=by_g)
         by_c = torch.addcmul(o, h[1:], seen, value=-1)
-        c_by_h = torch.addcmul(torch.addcmul(by_i * own[0], by_f, own[1]), by_g, own[3])
-        jacobian = [[torch.addcmul(by_o * own[2], by_c, c_by_h), by_c * f], [c_by_h, f]]
+        jacobian = f.new_empty(len(f), 2, 2, *f.shape[1:])
+        (h_by_h, h_by_c), (c_by_h, c_by_c) = (row.unbind(1) for row in jacobian.unbind(1))
+        torch.mul(by_i, own[0], out=c_by_h).addcmul_(by_f, own[1]).addcmul_(by_g, own[3])
+        torch.mul(by_o, own[2], out=h_by_h).addcmul_(by_c, c_by_h)
+        torch.mul(by_c, f, out=h_by_c)
+        c_by_c.copy_(f)
         return [h[1:], c[1:]], jacobian, [by, by_c, h[:-1]]
 
     def pull(self, kept: Sequence[Any], vector: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -32,13 +32,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dualnn.engine.errors import DualInputError
-from dualnn.layers.online.scan import scan
+from dualnn.layers.online.scan import scan, times
 
 if TYPE_CHECKING:
     from dualnn.layers.online.cell import OnlineCell
     from dualnn.layers.online.state import OnlineState
 
-Rows = Sequence[Sequence[Tensor | None]]
+Rows = Sequence[Sequence[Tensor | None]]  # of a Jacobian; None where an entry is zero in every step
 
 
 class Window(torch.autograd.Function):
@@ -75,7 +75,7 @@ def ahead(
     """States after every step, what `back` needs, and the sensitivities at the end of the window."""
     after, jacobian, kept = cell.along(state.values, torch.nn.functional.linear(x, weight, bias), own)
     traces = moved(cell, state, x, jacobian, kept, own)
-    return after, [*(t for row in jacobian for t in row), *kept], *traces
+    return after, [jacobian, *kept], *traces
 
 
 def back(
@@ -90,13 +90,11 @@ def back(
 ) -> list[Tensor | None]:
     """Gradients of x and of the parameters, over the whole past."""
     weight, _, *own = parameters
-    size = len(after)
-    jacobian = [kept[i * size : (i + 1) * size] for i in range(size)]
-    delta, first = adjoint(jacobian, cell.output_adjoint(grad, after), after)
+    jacobian, *rest = kept
+    delta, whole = adjoint(jacobian, cell.output_adjoint(grad, after), after)  # type: ignore[arg-type]
     # Conjugates of real numbers cost nothing; for complex states gradients are cotangents, the conjugate derivatives.
-    drives, mine = cell.pull(kept[size * size :], [d.conj() for d in delta], own)
+    drives, mine = cell.pull(rest, delta.conj().unbind(1), own)
     rows = cell.packed(drives.expand(*x.shape[:2], *drives.shape[2:]).conj())  # (T, B, R N)
-    whole = torch.stack(first)
     behind = cell.packed(torch.einsum("bisgn,sbn->ign", traces[0].conj(), whole))  # (I + 1, R N)
     flat = rows.flatten(0, 1)
     found: list[Tensor | None] = [
@@ -110,34 +108,23 @@ def back(
     return found
 
 
-def transposed(rows: Rows) -> list[list[Tensor | None]]:
-    """A square nested list by columns."""
-    return [list(column) for column in zip(*rows, strict=True)]
-
-
-def suffixes(jacobian: Rows, like: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Products of the Jacobians of all later steps, from before the window: ``[i][j]`` is ``(T + 1, B or 1, N)``."""
-    size = len(jacobian)
-    shape = next((t.shape[1:] for row in jacobian for t in row if t is not None), like[0].shape[1:])
-    eye = torch.eye(size, dtype=like[0].dtype, device=like[0].device)
-    start = [eye[j].reshape(-1, *(1,) * len(shape)).expand(size, *shape) for j in range(size)]
-    columns = [[None if t is None else t.unsqueeze(1) for t in column] for column in transposed(jacobian)]
-    if all(t is None for column in columns for t in column):  # nothing is remembered
-        found = [s.new_zeros(like[0].shape[0], *s.shape) for s in start]
-    else:
-        found = scan(columns, [None] * size, start, reverse=True)
-    whole = [torch.cat([f, s.unsqueeze(0)]) for f, s in zip(found, start, strict=True)]
-    return [[w[:, i] for w in whole] for i in range(size)]
+def suffixes(jacobian: Tensor, dtype: torch.dtype) -> Tensor:
+    """Products of the Jacobians of all later steps, from before the window, ``(T + 1, S, S, …)``: transposed."""
+    steps, size, _, *units = jacobian.shape
+    found = jacobian.new_empty(steps + 1, size, size, *units, dtype=dtype)
+    found[-1] = torch.eye(size, dtype=dtype, device=jacobian.device).reshape(size, size, *(1 for _ in units))
+    scan(jacobian.transpose(1, 2).unsqueeze(3), None, found[-1], reverse=True, out=found[:-1])
+    return found
 
 
 def moved(
-    cell: OnlineCell, state: OnlineState, x: Tensor, jacobian: Rows, kept: list[Tensor | None], own: Sequence[Tensor]
+    cell: OnlineCell, state: OnlineState, x: Tensor, jacobian: Tensor, kept: list[Tensor | None], own: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The sensitivities at the end of the window."""
     steps, batch, _ = x.shape
-    size = len(jacobian)
-    suffix = suffixes(jacobian, [v.expand(steps, *v.shape) for v in state.values])
-    whole = torch.stack([torch.stack([s[0] for s in row], 1) for row in suffix], 1)  # (B or 1, S, S, N)
+    size = len(state.values)
+    suffix = suffixes(jacobian, state.values[0].dtype)
+    whole = suffix[0].permute(2, 1, 0, 3)  # (B or 1, S, S, N)
 
     def carried(trace: Tensor) -> Tensor:  # (B, …, S, G or P, N) -> the same; sums over the earlier state
         phi = whole.reshape(len(whole), *(1,) * (trace.dim() - 4), size, size, 1, whole.shape[-1])
@@ -146,8 +133,8 @@ def moved(
     new, mine = carried(state.weight), carried(state.own)  # type: ignore[arg-type]
     # The bias is the weight of one more input, which is 1. Inputs first: units lie side by side in the product.
     inputs = torch.cat([x, x.new_ones(steps, batch, 1)], -1).to(new.dtype).permute(1, 2, 0)  # (B, I + 1, T)
-    for s, row in enumerate(suffix):
-        drives, added = cell.pull(kept, [f[1:] for f in row], own)
+    for s in range(size):
+        drives, added = cell.pull(kept, suffix[1:, :, s].unbind(1), own)
         rows = drives.expand(steps, batch, *drives.shape[2:]).flatten(2).transpose(0, 1)  # (B, T, G N)
         new[:, :, s] += torch.bmm(inputs, rows).unflatten(-1, drives.shape[2:])
         if own:
@@ -155,21 +142,10 @@ def moved(
     return new, mine
 
 
-def adjoint(
-    jacobian: Rows, cotangents: Sequence[Tensor | None], like: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Cotangents of every state of the window, and of the one before it."""
-    turned = [[None if t is None else t.conj() for t in column] for column in transposed(jacobian)]
-    delta = [torch.zeros_like(s) if g is None else g for g, s in zip(cotangents, like, strict=True)]
-    last = [d[-1] for d in delta]
-    if len(delta[0]) > 1:
-        later = [[None if t is None else t[1:] for t in row] for row in turned]
-        found = scan(later, [d[:-1] for d in delta], last, reverse=True)
-        delta = [torch.cat([f, e.unsqueeze(0)]) for f, e in zip(found, last, strict=True)]
-    first = []
-    for row in turned:
-        total = torch.zeros_like(last[0])
-        for t, d in zip(row, delta, strict=True):
-            total = total if t is None else torch.addcmul(total, t[0], d[0])
-        first.append(total)
-    return delta, first
+def adjoint(jacobian: Tensor, cotangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Cotangents of every state of the window, ``(T, S, B, N)``, and of the one before it."""
+    turned = jacobian.transpose(1, 2).conj()
+    given = torch.stack([torch.zeros_like(s) if g is None else g for g, s in zip(cotangents, like, strict=True)], 1)
+    if len(given) > 1:  # every entry is read before it is written
+        scan(turned[1:], given[:-1], given[-1], reverse=True, out=given[:-1])
+    return given, times(turned[0], given[0])
