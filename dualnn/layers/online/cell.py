@@ -12,9 +12,9 @@ from dualnn.engine.compiling import compile
 from dualnn.engine.dual_tensor import top_level
 from dualnn.engine.errors import DualInputError, DualShapeError, UnsupportedOpError
 from dualnn.engine.untraced import untraced
-from dualnn.layers.online.node import Rows, Window
+from dualnn.layers.online.node import Rows, Window, ahead, back
 from dualnn.layers.online.partials import partials
-from dualnn.layers.online.scan import scan
+from dualnn.layers.online.scan import matrices, scan
 from dualnn.layers.online.state import OnlineState
 
 
@@ -103,9 +103,7 @@ class OnlineCell(nn.Module):
         rows = partials(lambda *a: self.advance(a[:s], a[s : s + g], a[s + g :]), [*before, *drives, *own])
         return [r[:s] for r in rows], [t for r in rows for t in r[s:]]
 
-    def pull(
-        self, kept: Sequence[Any], vector: Sequence[Tensor], own: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def pull(self, kept: Sequence[Any], vector: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """A vector times the derivatives in the drives and, summed over the steps, in the own parameters.
 
         Args:
@@ -114,7 +112,7 @@ class OnlineCell(nn.Module):
             own: The own parameters.
 
         Returns:
-            G tensors ``(T, B or 1, N)`` and P tensors ``(B or 1, N)``.
+            ``(T, B or 1, G, N)`` and ``(B or 1, P, N)``.
         """
         columns = self.gates + len(own)
         found = []
@@ -124,7 +122,8 @@ class OnlineCell(nn.Module):
                 if f is not None:
                     total = v * f if total is None else torch.addcmul(total, v, f)
             found.append(torch.zeros_like(vector[0]) if total is None else total)
-        return found[: self.gates], [f.sum(0) for f in found[self.gates :]]
+        drives, mine = torch.stack(found[: self.gates], 2), [f.sum(0) for f in found[self.gates :]]
+        return drives, torch.stack(mine, 1) if mine else drives.new_zeros(drives.shape[1], 0, drives.shape[3])
 
     def output(self, state: Sequence[Tensor]) -> Tensor:
         """What the layers above see."""
@@ -138,9 +137,36 @@ class OnlineCell(nn.Module):
         """``W x + b``, ``(…, R N)``, as G tensors ``(…, N)``."""
         return projected.chunk(self.gates, -1)
 
-    def packed(self, parts: Sequence[Tensor], dim: int) -> Tensor:
-        """The transpose of `drives`: G cotangents with N along ``dim`` as one with R N."""
-        return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+    def packed(self, drives: Tensor) -> Tensor:
+        """The transpose of `drives`: cotangents ``(…, G, N)`` as ``(…, R N)``."""
+        return drives.flatten(-2)
+
+    def along(
+        self, start: Sequence[Tensor], projected: Tensor, own: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Tensor, list[Tensor | None]]:
+        """The states after every step of a window, the Jacobians ``(T, S, S, B or 1, N)``, and what `pull` needs."""
+        before, after = self.run(start, projected, own)
+        rows, kept = self.linearise(before, after, self.drives(projected), own)
+        return after, matrices(rows, after[0]), kept
+
+    def ahead(
+        self, state: OnlineState, x: Tensor, weight: Tensor, bias: Tensor, *own: Tensor
+    ) -> tuple[Sequence[Tensor], list[Tensor | None], Tensor, Tensor]:
+        """A window's states, what `back` needs, and the new sensitivities; see `node` for what they are."""
+        return ahead(self, state, x, weight, bias, *own)
+
+    def back(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        parameters: Sequence[Tensor],
+        traces: Sequence[Tensor],
+        after: Sequence[Tensor],
+        kept: list[Tensor | None],
+        wants_x: bool,
+    ) -> list[Tensor | None]:
+        """Gradients of x and of the parameters from the output's cotangent."""
+        return back(self, grad, x, parameters, traces, after, kept, wants_x)
 
     # -- what they share ----------------------------------------------------------------------------------------------
 
@@ -173,7 +199,7 @@ class OnlineCell(nn.Module):
         n, s = self.hidden_size, self.states
         return OnlineState(
             values,
-            like.new_zeros((batch_size, s, self.gates, n, self.input_size + 1), dtype=dtype),
+            like.new_zeros((batch_size, self.input_size + 1, s, self.gates, n), dtype=dtype),
             like.new_zeros((batch_size, s, len(self.own_names), n), dtype=dtype),
         )
 
@@ -275,7 +301,10 @@ class OnlineCell(nn.Module):
         """The states before and after every step of a window."""
         found = self.coefficients(self.drives(projected), own)
         if found is not None:
-            after = scan(*found, start)
+            rates, added = found
+            after = list(
+                scan(matrices(rates, added[0]), torch.stack(list(added), 1), torch.stack(list(start))).unbind(1)
+            )
         elif self.compiled is not None:
             after = self._in_chunks(start, projected, own)
         else:
@@ -334,5 +363,5 @@ class OnlineCell(nn.Module):
         found: list[Any] = [((batch, n), dtype, device)] * s
         if not traces:
             return [*found, None, None]
-        weight = (batch, s, self.gates, n, self.input_size + 1)
+        weight = (batch, self.input_size + 1, s, self.gates, n)
         return [*found, (weight, dtype, device), ((batch, s, len(self.own_names), n), dtype, device)]

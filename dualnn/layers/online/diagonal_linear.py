@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dualnn.engine.errors import DualInputError
 from dualnn.layers.online.cell import OnlineCell
 from dualnn.layers.online.node import Rows
+from dualnn.layers.online.scan import running, steady, summed
 from dualnn.layers.online.state import OnlineState
 
 
@@ -84,12 +85,7 @@ class DiagonalLinear(OnlineCell):
 
     def drives(self, projected: Tensor) -> tuple[Tensor, ...]:
         """Pairs of rows, as they lie: no copy."""
-        return (torch.view_as_complex(projected.unflatten(-1, (self.hidden_size, 2))),)
-
-    def packed(self, parts: Sequence[Tensor], dim: int) -> Tensor:
-        """Pairs of numbers."""
-        pairs = torch.view_as_real(parts[0].resolve_conj())
-        return pairs.flatten(-2) if dim == -1 else pairs.movedim(-1, 1).flatten(0, 1)
+        return (_paired(projected),)
 
     def advance(self, state: Sequence[Tensor], drives: Sequence[Tensor], own: Sequence[Tensor]) -> Sequence[Tensor]:
         """One step."""
@@ -110,38 +106,69 @@ class DiagonalLinear(OnlineCell):
         rate, scale = self._rate(own)
         return [[rate.expand(drives[0].shape[0], 1, -1)]], [scale * drives[0]]
 
-    def linearise(
-        self, before: Sequence[Tensor], after: Sequence[Tensor], drives: Sequence[Tensor], own: Sequence[Tensor]
-    ) -> tuple[Rows, list[Tensor | None]]:
-        """In closed form."""
-        return [[self._rate(own)[0].expand(drives[0].shape[0], 1, -1)]], [before[0], drives[0]]
-
-    def pull(
-        self, kept: Sequence[Any], vector: Sequence[Tensor], own: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """In closed form: what does not change from step to step is multiplied after the sum."""
-        before, drive = kept
-        nu, theta, _ = own
+    def ahead(
+        self, state: OnlineState, x: Tensor, weight: Tensor, bias: Tensor, *own: Tensor
+    ) -> tuple[Sequence[Tensor], list[Tensor | None], Tensor, Tensor]:
+        """In closed form: the products of later steps are powers of the rate, whatever the inputs were."""
+        (start,), (steps, batch, _), (nu, theta, _) = state.values, x.shape, own
         rate, scale = self._rate(own)
-        moved = (vector[0] * before).sum(0) * rate
-        return [vector[0] * scale], [
-            moved * -torch.exp(nu),
-            moved * (1j * torch.exp(theta)),
-            (vector[0] * drive).sum(0) * scale,
-        ]
+        twice = scale.repeat_interleave(2)
+        drives = nn.functional.linear(x, weight * twice.unsqueeze(1), bias * twice)
+        (h,) = self.drives(drives)
+        steady(rate, h, start)
+        powers = running(rate, steps)
+        whole, later = powers[-1], torch.cat([powers[:-1].flip(0), torch.ones_like(powers[:1])])
+        inputs = torch.cat([x, x.new_ones(steps, batch, 1)], -1).flatten(1)
+        added = inputs.T @ torch.view_as_real(later * scale).flatten(1)
+        by_weight = whole * state.weight + _paired(added).reshape(state.weight.shape)  # type: ignore[operator, union-attr]
+        moved = later[0] * start + (summed(later[1:].unsqueeze(1), h[:-1]) if steps > 1 else 0)
+        moved = moved * rate
+        # scale multiplies all that was added to the state since.
+        mine = [moved * -torch.exp(nu), moved * (1j * torch.exp(theta)), h[-1] - whole * start]
+        return [h], [start], by_weight, whole * state.own + torch.stack(mine, 1).unsqueeze(1)  # type: ignore[operator]
+
+    def back(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        parameters: Sequence[Tensor],
+        traces: Sequence[Tensor],
+        after: Sequence[Tensor],
+        kept: list[Tensor | None],
+        wants_x: bool,
+    ) -> list[Tensor | None]:
+        """In closed form, on conjugate cotangents: no conjugate of a window is ever written down."""
+        weight, bias, *own = parameters
+        (h,), (start,), (nu, theta, _) = after, kept, own
+        rate, scale = self._rate(own)
+        delta = steady(rate, torch.conj_physical(_paired(grad.contiguous())), reverse=True)
+        first = rate * delta[0]
+        pairs = torch.view_as_real(delta).flatten(-2).flatten(0, 1)  # (T B, 2 N)
+        found = torch.cat([x.flatten(0, 1).T @ pairs, pairs.sum(0, keepdim=True)])  # (I + 1, 2 N)
+        by_drive = _paired(found) * scale
+        by_weight = by_drive + torch.einsum("bin,bn->in", traces[0][:, :, 0, 0], first)
+        both = torch.view_as_real(by_weight.conj().resolve_conj()).flatten(-2)
+        moved = (start * delta[0] + (summed(h[:-1], delta[1:]) if len(h) > 1 else 0)).sum(0) * rate  # type: ignore[operator]
+        weights = _paired(torch.cat([weight, bias.unsqueeze(1)], 1).T.contiguous())
+        mine = [moved * -torch.exp(nu), moved * (1j * torch.exp(theta)), (by_drive * weights).sum(0)]
+        past = torch.einsum("bpn,bn->pn", traces[1][:, 0], first)
+        signs = torch.stack([scale, -scale], 1).flatten()
+        by_x = (pairs @ (weight * signs.unsqueeze(1))).reshape(x.shape) if wants_x else None
+        return [by_x, both[:-1].T, both[-1], *((a + b).real for a, b in zip(mine, past, strict=True))]
 
     def output(self, state: Sequence[Tensor]) -> Tensor:
         """Pairs of real and imaginary part."""
         return torch.view_as_real(state[0]).flatten(-2)
 
-    def output_adjoint(self, grad: Tensor, state: Sequence[Tensor]) -> Sequence[Tensor]:
-        """One complex number of two."""
-        return (torch.view_as_complex(grad.contiguous().unflatten(-1, (self.hidden_size, 2))),)
-
     @staticmethod
     def _rate(own: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         nu, theta, gamma = own
         return torch.exp(torch.complex(-torch.exp(nu), torch.exp(theta))), torch.exp(gamma)
+
+
+def _paired(x: Tensor) -> Tensor:
+    """Pairs of real numbers ``(…, 2 N)`` as complex ones ``(…, N)``: no copy."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
 class LRU(nn.Module):

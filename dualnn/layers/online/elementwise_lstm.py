@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dualnn.layers.online.cell import OnlineCell
-from dualnn.layers.online.node import Rows
+from dualnn.layers.online.scan import summed
 
 
 class ElementwiseLSTM(OnlineCell):
@@ -82,25 +82,50 @@ class ElementwiseLSTM(OnlineCell):
         c = torch.addcmul(f * c, i, torch.tanh(gates[..., 3, :]))
         return o * torch.tanh(c), c
 
-    def linearise(
-        self, before: Sequence[Tensor], after: Sequence[Tensor], drives: Sequence[Tensor], own: Sequence[Tensor]
-    ) -> tuple[Rows, list[Tensor | None]]:
-        """In closed form: the derivatives of c in the drives, of h in c and in the output gate's drive."""
-        (h, c), (after_h, after_c) = before, after
-        i, f, o, g = (torch.addcmul(u, r, h) for u, r in zip(drives, own, strict=True))
-        i, f, o, g = torch.sigmoid(i), torch.sigmoid(f), torch.sigmoid(o), torch.tanh(g)
-        seen = torch.tanh(after_c)
-        by_i, by_f, by_g = g * i * (1 - i), c * f * (1 - f), i * (1 - g * g)
-        by_o, by_c = after_h * (1 - o), o * (1 - seen * seen)
-        c_by_h = by_i * own[0] + by_f * own[1] + by_g * own[3]
-        jacobian = [[torch.addcmul(by_o * own[2], by_c, c_by_h), by_c * f], [c_by_h, f]]
-        return jacobian, [by_i, by_f, by_o, by_g, by_c, h]
+    def along(
+        self, start: Sequence[Tensor], projected: Tensor, own: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Tensor, list[Tensor | None]]:
+        """In closed form; the loop writes gates and states where the derivatives read them."""
+        gates, recurrent = projected.unflatten(-1, (4, self.hidden_size)), torch.stack(list(own))
+        h, c = (torch.cat([s.unsqueeze(0), s.new_empty(len(projected), *s.shape)]) for s in start)
+        if self.compiled is not None:
+            for whole, found in zip((h, c), self._in_chunks(start, projected, own), strict=True):
+                whole[1:] = found
+            gates = torch.addcmul(gates, recurrent, h[:-1].unsqueeze(2))
+            gates[:, :, :3].sigmoid_()
+            gates[:, :, 3].tanh_()
+            seen = torch.tanh(c[1:])
+        else:
+            seen = torch.empty_like(c[1:])
+            hs, cs = h.unbind(0), c.unbind(0)
+            parts = (gates, gates[:, :, :3], *gates.unbind(2), seen, h[:-1].unsqueeze(2))
+            for t, (u, squashed, i, f, o, g, s, last) in enumerate(zip(*(p.unbind(0) for p in parts), strict=True)):
+                u.addcmul_(recurrent, last)  # what was projected is not needed again
+                squashed.sigmoid_()
+                g.tanh_()
+                torch.mul(f, cs[t], out=cs[t + 1]).addcmul_(i, g)
+                torch.mul(o, torch.tanh(cs[t + 1], out=s), out=hs[t + 1])
+        i, f, o, g = gates.unbind(2)
+        by = torch.empty_like(gates)  # derivatives of c in the drives; of h, for the output gate
+        squashed = gates[:, :, :3]
+        torch.addcmul(squashed, squashed, squashed, value=-1, out=by[:, :, :3])
+        by_i, by_f, by_o, by_g = by.unbind(2)
+        by_i *= g
+        by_f *= c[:-1]
+        by_o *= seen
+        torch.addcmul(i, i * g, g, value=-1, out=by_g)
+        by_c = torch.addcmul(o, h[1:], seen, value=-1)
+        jacobian = f.new_empty(len(f), 2, 2, *f.shape[1:])
+        (h_by_h, h_by_c), (c_by_h, c_by_c) = (row.unbind(1) for row in jacobian.unbind(1))
+        torch.mul(by_i, own[0], out=c_by_h).addcmul_(by_f, own[1]).addcmul_(by_g, own[3])
+        torch.mul(by_o, own[2], out=h_by_h).addcmul_(by_c, c_by_h)
+        torch.mul(by_c, f, out=h_by_c)
+        c_by_c.copy_(f)
+        return [h[1:], c[1:]], jacobian, [by, by_c, h[:-1]]
 
-    def pull(
-        self, kept: Sequence[Any], vector: Sequence[Tensor], own: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def pull(self, kept: Sequence[Any], vector: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """In closed form; a recurrent weight is a drive's weight whose input is h."""
-        by_i, by_f, by_o, by_g, by_c, h = kept
-        of_c = torch.addcmul(vector[1], vector[0], by_c)
-        drives = [of_c * by_i, of_c * by_f, vector[0] * by_o, of_c * by_g]
-        return drives, [(d * h).sum(0) for d in drives]
+        by, by_c, h = kept
+        drives = by * torch.addcmul(vector[1], vector[0], by_c).unsqueeze(2)
+        torch.mul(by[:, :, 2], vector[0], out=drives[:, :, 2])
+        return drives, summed(drives, h.unsqueeze(2))

@@ -100,12 +100,10 @@ class LeakyFire(OnlineCell):
         """In closed form."""
         return [[torch.sigmoid(own[0]) - self.threshold * self._slope(before[0])]], [before[0]]
 
-    def pull(
-        self, kept: Sequence[Any], vector: Sequence[Tensor], own: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def pull(self, kept: Sequence[Any], vector: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """In closed form."""
         a = torch.sigmoid(own[0])
-        return [vector[0]], [(vector[0] * kept[0]).sum(0) * (a * (1 - a))]
+        return vector[0].unsqueeze(2), ((vector[0] * kept[0]).sum(0) * (a * (1 - a))).unsqueeze(1)
 
     def output(self, state: Sequence[Tensor]) -> Tensor:
         """The spikes."""

@@ -65,11 +65,8 @@ class MinGRU(OnlineCell):
         """In closed form."""
         z = torch.sigmoid(drives[0])
         rest = 1 - z
-        return [[rest]], [z, (drives[1] - before[0]) * z * rest]
+        return [[rest]], [torch.stack([(drives[1] - before[0]) * z * rest, z], 2)]
 
-    def pull(
-        self, kept: Sequence[Any], vector: Sequence[Tensor], own: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def pull(self, kept: Sequence[Any], vector: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """In closed form."""
-        by_candidate, by_gate = kept
-        return [vector[0] * by_gate, vector[0] * by_candidate], []
+        return vector[0].unsqueeze(2) * kept[0], vector[0].new_zeros(vector[0].shape[1], 0, self.hidden_size)

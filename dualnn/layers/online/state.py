@@ -24,13 +24,13 @@ class OnlineState:
         own: :math:`\partial s / \partial \theta`, P parameters a unit, likewise.
 
     Shape:
-        ``values: (B, N)`` each, ``weight: (B, S, G, N, I + 1)``, ``own: (B, S, P, N)``.
+        ``values: (B, N)`` each, ``weight: (B, I + 1, S, G, N)``, ``own: (B, S, P, N)``.
 
     Example:
         >>> from dualnn.layers import MinGRU
         >>> state = MinGRU(3, 4).start(2)
         >>> tuple(state.weight.shape), state.nbytes
-        ((2, 1, 2, 4, 4), 288)
+        ((2, 4, 1, 2, 4), 288)
     """
 
     values: tuple[Tensor, ...]

@@ -35,10 +35,31 @@ class Own(OnlineCell):
 class ByDuals(ElementwiseLSTM):
     """A built-in without its closed forms."""
 
-    linearise, pull = OnlineCell.linearise, OnlineCell.pull
+    along, pull = OnlineCell.along, OnlineCell.pull
 
 
-CELLS = {c.__name__: c for c in (DiagonalLinear, MinGRU, ElementwiseLSTM, LeakyFire, Own, ByDuals)}
+class Complex(DiagonalLinear):
+    """A built-in by the way of all other cells, which is for complex states too."""
+
+    ahead, back = OnlineCell.ahead, OnlineCell.back
+
+    def linearise(self, before, after, drives, own):
+        return [[self._rate(own)[0].expand(len(before[0]), 1, -1)]], [before[0], drives[0]]
+
+    def pull(self, kept, vector, own):
+        (before, drive), (rate, scale) = kept, self._rate(own)
+        moved = (vector[0] * before).sum(0) * rate
+        mine = [moved * -own[0].exp(), moved * 1j * own[1].exp(), (vector[0] * drive).sum(0) * scale]
+        return (vector[0] * scale).unsqueeze(2), torch.stack(mine, 1)
+
+    def packed(self, drives):
+        return torch.view_as_real(drives.squeeze(-2).resolve_conj()).flatten(-2)
+
+    def output_adjoint(self, grad, state):
+        return (torch.view_as_complex(grad.contiguous().unflatten(-1, (-1, 2))),)
+
+
+CELLS = {c.__name__: c for c in (DiagonalLinear, MinGRU, ElementwiseLSTM, LeakyFire, Own, ByDuals, Complex)}
 WINDOWS = [1, 5, 17, 40]
 
 
@@ -414,7 +435,7 @@ def test_second_derivatives_online_are_refused():
 
 def test_a_state_knows_its_size():
     state = MinGRU(INPUTS, N).start(B)
-    assert isinstance(state, OnlineState) and state.weight.shape == (B, 1, 2, N, INPUTS + 1)
+    assert isinstance(state, OnlineState) and state.weight.shape == (B, INPUTS + 1, 1, 2, N)
     assert state.nbytes == 4 * (B * N + B * 2 * N * (INPUTS + 1))
 
 
