@@ -40,22 +40,24 @@ def _pushed(fn: Callable, primals: Sequence[Any], tangents: Sequence[Tangent | N
     with fresh_level() as level:
         duals = [p if t is None else make(p, t, level) for p, t in zip(primals, tangents, strict=True)]
         num = next(t.num for t in tangents if t is not None)
-        leaves, spec = pytree.tree_flatten(fn(*duals))
-    values: list[Any] = []
-    pushed: list[Tangent | None] = []
-    for leaf in leaves:
-        if isinstance(leaf, DualTensor) and leaf._level == level:
-            values.append(leaf._primal)
-            pushed.append(settled(leaf._tan))
-        elif isinstance(leaf, DualTensor) and leaf._level > level:
+        out = fn(*duals)
+        if isinstance(out, Tensor):  # nothing to flatten, which costs as much as several operations
+            return _parted(out, level, num)
+        leaves, spec = pytree.tree_flatten(out)
+    parted = [_parted(leaf, level, num) for leaf in leaves]
+    return pytree.tree_unflatten([v for v, _ in parted], spec), pytree.tree_unflatten([t for _, t in parted], spec)
+
+
+def _parted(leaf: Any, level: int, num: int) -> tuple[Any, Tangent | None]:
+    """Value and tangent of one result."""
+    if isinstance(leaf, DualTensor) and leaf._level >= level:
+        if leaf._level > level:
             raise UnsupportedOpError(
                 "the function returned a DualTensor that it built itself from its arguments, which hides their "
                 "tangents under its own. Return its .primal and .tangent."
             )
-        else:
-            values.append(leaf)
-            pushed.append(Zero(num) if isinstance(leaf, Tensor) and leaf.dtype.is_floating_point else None)
-    return pytree.tree_unflatten(values, spec), pytree.tree_unflatten(pushed, spec)
+        return leaf._primal, settled(leaf._tan)
+    return leaf, Zero(num) if isinstance(leaf, Tensor) and leaf.dtype.is_floating_point else None
 
 
 def dense_of(tan: Tangent | None, value: Any) -> Tensor | None:
@@ -104,6 +106,9 @@ def jvp(fn: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     if len({len(t) for t in seeds}) > 1:
         raise DualShapeError(f"tangents disagree on the number of directions: K = {[len(t) for t in seeds]}")
     out, pushed = push(fn, primals, [seed(t) for t in seeds])
+    if isinstance(out, Tensor):
+        slope = dense_of(pushed, out)
+        return out, slope if slope is None or not one else slope[0]
     leaves, spec = pytree.tree_flatten(out)
     tans = pytree.tree_leaves(pushed, is_leaf=lambda x: x is None)
     dense = [dense_of(t, v) for t, v in zip(tans, leaves, strict=True)]
