@@ -43,6 +43,7 @@ class Work(OpMode):
         others: all others.
 
     Example:
+        >>> import torch
         >>> with Work() as work:
         ...     _ = torch.tanh(torch.ones(2, 3) @ torch.ones(3, 4))
         >>> work.products, work.others  # 2 * 2 * 3 * 4; two times ones, tanh
@@ -97,6 +98,7 @@ def forward_equivalents(step: Callable[[], object], forward: Callable[[], object
         DualInputError: `forward` does no work at all.
 
     Example:
+        >>> import torch
         >>> x = torch.ones(8, 8)
         >>> forward_equivalents(lambda: x @ x @ x, lambda: x @ x)
         2.0
