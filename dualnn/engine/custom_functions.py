@@ -10,8 +10,6 @@ Not watched are duals that a user builds by hand outside of one, and an ``apply`
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,17 +40,19 @@ def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     return _original.__get__(None, cls)(*args, **kwargs)
 
 
-@contextmanager
-def refusing_duals() -> Iterator[None]:
-    """While active (in any thread), ``Function.apply`` raises on duals."""
+def refuse_duals() -> None:
+    """From now on (in any thread), ``Function.apply`` raises on duals: until `accept_duals` was called as often."""
     global _users
     with _lock:
         _users += 1
-        Function.apply = classmethod(_apply)  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                Function.apply = _original  # type: ignore[method-assign]
+        if _users == 1:
+            Function.apply = classmethod(_apply)  # type: ignore[method-assign, assignment]
+
+
+def accept_duals() -> None:
+    """Take one `refuse_duals` back."""
+    global _users
+    with _lock:
+        _users -= 1
+        if _users == 0:
+            Function.apply = _original  # type: ignore[method-assign]

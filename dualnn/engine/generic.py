@@ -24,6 +24,7 @@ from dualnn.engine.by_reverse import reverse_rule
 from dualnn.engine.dual_tensor import DualTensor, count, make, primal_of, split, top_level
 from dualnn.engine.inplace import inplace_of
 from dualnn.engine.registry import OpSpec, Rule, Sample, SampleMaker, register, spellings, unsupported
+from dualnn.engine.scaling import number
 from dualnn.engine.tangents import Tangent, Zero
 from dualnn.engine.views import link_view
 
@@ -97,6 +98,7 @@ def binary(
     also: Iterable[Callable] = (),
     also_inplace: Iterable[Callable] = (),
     joint: Callable[..., Tangent | None] | None = None,
+    numbers: bool = False,
 ) -> Callable[[Callable, Any, Any, dict], DualTensor]:
     """Register y = f(a, b) with broadcasting; either operand may be a number.
 
@@ -112,6 +114,7 @@ def binary(
         also_inplace: More in-place spellings.
         joint: ``joint(ta, tb, fa, y)``: the tangent of two dual operands, where it is cheaper than the two terms
             (``fa`` is the partial in a); None where it does not apply.
+        numbers: A Python number may be replaced by a 0-dim tensor, with which torch computes the same in half the time.
 
     Returns:
         ``pair(func, a, b, kwargs)``: what the rule does once it has sorted its arguments.
@@ -135,7 +138,12 @@ def binary(
             num = tb.num
             if ta is not None and ta.num != num:
                 num = count(level, (a, b))
-        value = func(pa, pb, **kwargs)
+        if not numbers or kwargs:
+            value = func(pa, pb, **kwargs)
+        elif type(pb) is float:
+            value = func(pa, number(pb, pa))
+        else:
+            value = func(number(pa, pb) if type(pa) is float else pa, pb)
         if ta is None or ta.is_zero:
             if tb is None or tb.is_zero:
                 return make(value, Zero(num), level)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from dualnn.engine.chunks import in_chunks
 from dualnn.engine.concrete import concrete
 from dualnn.engine.dual_tensor import checked_tangent, seed
-from dualnn.engine.errors import DualInputError, DualShapeError, StructureError, unknown_name
+from dualnn.engine.errors import DualInputError, StructureError, unknown_name
 from dualnn.engine.sparsity import Sparsity, banded, detect
 from dualnn.engine.tangents import Dense
 from dualnn.engine.transforms import basis, dense_of, push
@@ -28,6 +29,7 @@ def jacobian(
     structure: Structure | Sparsity = "dense",
     chunk: int | None = None,
     bandwidth: tuple[int, int] | None = None,
+    memory: int | None = None,
 ) -> Any:
     r"""Jacobian :math:`\partial f / \partial x` by forward mode.
 
@@ -51,13 +53,17 @@ def jacobian(
             - a `Sparsity` from an earlier `dualnn.engine.detect`: nothing is looked for again; a sparse tensor.
         chunk: Push at most this many directions at a time (dense).
         bandwidth: ``(lower, upper)`` diagonals, for ``"banded"``; inputs and outputs count flat.
+        memory: Instead of ``chunk``, bytes: push as many directions at a time as keep the tensors that are alive
+            during a pass within it (dense). The Jacobian itself comes on top. fn runs with one, two and four directions
+            first, which is measured.
 
     Returns:
         The Jacobian; differentiable again.
 
     Raises:
         StructureError: The function has not the structure that was claimed.
-        DualInputError: ``bandwidth`` or ``chunk`` where they mean nothing.
+        DualInputError: ``bandwidth``, ``chunk`` or ``memory`` where they mean nothing; too little ``memory`` for one
+            direction.
 
     Example:
         >>> import torch, dualnn as dn
@@ -75,8 +81,10 @@ def jacobian(
         raise DualInputError(f"bandwidth is for structure='banded', not {structure!r}")
     if chunk is not None and structure != "dense":
         raise DualInputError(f"chunk is for structure='dense', not {structure!r}")
+    if memory is not None and structure != "dense":
+        raise DualInputError(f"memory is for structure='dense', not {structure!r}")
     if structure == "dense":
-        return _dense(fn, x, chunk)
+        return _dense(fn, x, chunk, memory)
     if structure == "elementwise":
         return _elementwise(fn, x)
     if structure == "block":
@@ -96,17 +104,17 @@ def jacobian(
     return pattern.assembled(pattern.values(fn, x))
 
 
-def _dense(fn: Callable, x: Tensor, chunk: int | None) -> Any:
-    size = x.numel()
-    step = max(size, 1) if chunk is None else chunk
-    if step < 1:
-        raise DualShapeError(f"chunk must be at least 1, got {chunk}")
-    pieces = []
-    for start in range(0, max(size, 1), step):
-        out, pushed = push(fn, (x,), [seed(basis(x, start, min(start + step, size)))])
+def _dense(fn: Callable, x: Tensor, chunk: int | None, memory: int | None) -> Any:
+    spec: Any = None
+
+    def columns_of(start: int, stop: int) -> list[Tensor | None]:
+        nonlocal spec
+        out, pushed = push(fn, (x,), [seed(basis(x, start, stop))])
         leaves, spec = pytree.tree_flatten(out)
         tans = pytree.tree_leaves(pushed, is_leaf=lambda t: t is None)
-        pieces.append([dense_of(t, v) for t, v in zip(tans, leaves, strict=True)])
+        return [dense_of(t, v) for t, v in zip(tans, leaves, strict=True)]
+
+    pieces = in_chunks(columns_of, x.numel(), chunk, memory)
     columns = [None if part[0] is None else torch.cat(part) for part in zip(*pieces, strict=True)]
     jacobians = [None if c is None else c.movedim(0, -1).reshape((*c.shape[1:], *x.shape)) for c in columns]
     return pytree.tree_unflatten(jacobians, spec)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dualnn.engine.custom_functions import refusing_duals
+from dualnn.engine.custom_functions import accept_duals, refuse_duals
 
 _counter = itertools.count(1)
 
@@ -30,10 +30,11 @@ def fresh_level() -> Iterator[int]:
     """Open a level above all that exist; duals built by hand inside get one above it."""
     level = next(_counter)
     _context.stack.append(next(_counter))
+    refuse_duals()
     try:
-        with refusing_duals():
-            yield level
+        yield level
     finally:
+        accept_duals()
         _context.stack.pop()
 
 

@@ -97,14 +97,14 @@ RANGES = {
 
 
 class _Tests:
-    """Tests of magnitudes in two passes: twice the bits (which drops the sign), shifted; and their largest."""
+    """Tests of magnitudes in one or two passes: of twice the bits, which drops the sign, the largest after a shift."""
 
     def __init__(self, kind: _Range) -> None:
         self.kind = kind
         half, step = 1 << (kind.width - 1), kind.mantissa + 1
         low, high = (kind.bias + kind.least) << step, (kind.bias + kind.most) << step
         self.inside, self.first_outside = kind.constant(-low - half), high - low - half
-        self.below, self.first_above = kind.constant(-half), high - half
+        self.below, self.most = kind.constant(-half), 2.0**kind.most
         self.least, self.half, self.step = kind.constant(half - 1), half, step
 
     def _moved(self, t: Tensor, by: Tensor) -> Tensor:
@@ -115,8 +115,8 @@ class _Tests:
         return self._moved(t, self.inside).amax().item() < self.first_outside
 
     def bounded(self, t: Tensor) -> bool:
-        """Whether all magnitudes, zeros among them, lie below the upper end."""
-        return self._moved(t, self.below).amax().item() < self.first_above
+        """Whether all magnitudes, zeros among them, lie below the upper end: their norm does."""
+        return torch.linalg.vector_norm(t).item() < self.most
 
     def exponents(self, t: Tensor) -> tuple[int, int]:
         """Of the smallest magnitude that is not zero, and of the largest."""
@@ -349,8 +349,11 @@ class Scaled(Tangent):
         _, second, m = b._parts
         if factor is None:
             return Scaled(base)._numbered(n + m)
-        left, right = _product(factor, n), _product(second, m)
-        total: Tensor = left + (number(right, left) if type(right) is float else right)  # type: ignore[arg-type, assignment]
+        total: Tensor
+        if second is not None:
+            total = torch.add(_product(factor, n), second.data, alpha=m)  # type: ignore[arg-type]
+        else:
+            total = torch.add(number(m, factor.data), factor.data, alpha=n) if m else times(factor.data, n)
         sure = factor.sure and (second is None or second.sure)
         return Scaled(base, _Factor(total, sure)) if _tests(total.dtype).bounded(total) else None
 

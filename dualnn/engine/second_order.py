@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from dualnn.engine.chunks import in_chunks
 from dualnn.engine.dual_tensor import DualTensor, checked_tangent
 from dualnn.engine.errors import DualShapeError, UnsupportedOpError, unknown_name
 from dualnn.engine.jacobians import jacobian
@@ -17,13 +18,15 @@ from dualnn.engine.levels import fresh_level
 from dualnn.engine.transforms import basis, jvp
 
 
-def hessian(fn: Callable, x: Tensor, chunk: int | None = None) -> Any:
+def hessian(fn: Callable, x: Tensor, chunk: int | None = None, memory: int | None = None) -> Any:
     r"""Hessian :math:`\partial^2 f / \partial x^2`, forward over forward.
 
     Args:
         fn: Function of one tensor; any output shape, or a nesting of outputs.
         x: Where.
         chunk: Push at most this many directions at a time, at both levels.
+        memory: Instead of it, bytes: push as many directions at a time at the outer level as keep the tensors that are
+            alive during a pass within it; the Hessian comes on top (see `dualnn.jacobian`).
 
     Returns:
         ``(*out.shape, *x.shape, *x.shape)``, in the structure that ``fn`` returns.
@@ -37,7 +40,7 @@ def hessian(fn: Callable, x: Tensor, chunk: int | None = None) -> Any:
         tensor([[6., 2.],
                 [2., 0.]])
     """
-    return jacobian(lambda inner: jacobian(fn, inner, chunk=chunk), x, chunk=chunk)
+    return jacobian(lambda inner: jacobian(fn, inner, chunk=chunk), x, chunk=chunk, memory=memory)
 
 
 def hvp(fn: Callable, x: Tensor, v: Tensor, method: Literal["forward", "reverse"] = "forward") -> Tensor:
@@ -52,6 +55,8 @@ def hvp(fn: Callable, x: Tensor, v: Tensor, method: Literal["forward", "reverse"
         x: Where.
         v: Vector, of x's shape.
         method: See above.
+        memory: Instead of ``chunk``, bytes: as many directions at a time as keep the tensors that are alive during a
+            pass within it.
 
     Returns:
         A tensor of x's shape.
@@ -89,7 +94,11 @@ def hvp(fn: Callable, x: Tensor, v: Tensor, method: Literal["forward", "reverse"
 
 
 def laplacian(
-    fn: Callable, x: Tensor, chunk: int | None = None, method: Literal["collapsed", "nested"] = "collapsed"
+    fn: Callable,
+    x: Tensor,
+    chunk: int | None = None,
+    method: Literal["collapsed", "nested"] = "collapsed",
+    memory: int | None = None,
 ) -> Any:
     r"""Laplacian :math:`\Delta f = \sum_i \partial^2 f / \partial x_i^2` over all entries of x.
 
@@ -106,12 +115,15 @@ def laplacian(
         chunk: Push at most K = chunk directions at a time (None: all at once; 8 for ``"nested"``). fn runs once for
             each chunk.
         method: See above.
+        memory: Instead of ``chunk``, bytes: as many directions at a time as keep the tensors that are alive during a
+            pass within it.
 
     Returns:
         In the structure and shapes that ``fn`` returns; None for outputs that are not floating point tensors.
 
     Raises:
         DualShapeError: chunk is smaller than one.
+        DualInputError: chunk and memory are both given, or too little memory for one direction.
         UnsupportedOpError: ``fn`` uses an op without a rule at second order, or one that cannot be collapsed.
         UnknownNameError: There is no such method.
 
@@ -126,17 +138,12 @@ def laplacian(
     if method not in ("collapsed", "nested"):
         raise unknown_name("method", method, ("collapsed", "nested"))
     checked_tangent(x, x)
-    size = x.numel()
-    step = chunk if chunk is not None else max(size, 1) if method == "collapsed" else 8
-    if step < 1:
-        raise DualShapeError(f"chunk must be at least 1, got {chunk}")
+    if chunk is None and memory is None and method == "nested":
+        chunk = 8
     summed = _collapsed if method == "collapsed" else _nested
-    total: list[Any] | None = None
-    spec: Any = None
-    for start in range(0, max(size, 1), step):
-        traces, spec = summed(fn, x, basis(x, start, min(start + step, size)))
-        total = traces if total is None else [None if a is None else a + b for a, b in zip(total, traces, strict=True)]
-    return pytree.tree_unflatten(total or [], spec)
+    found = in_chunks(lambda i, j: summed(fn, x, basis(x, i, j)), x.numel(), chunk, memory)
+    traces = zip(*(t for t, _ in found), strict=True)
+    return pytree.tree_unflatten([None if t[0] is None else sum(t[1:], t[0]) for t in traces], found[0][1])
 
 
 def _nested(fn: Callable, x: Tensor, unit: Tensor) -> tuple[list[Any], Any]:

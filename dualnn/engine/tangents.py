@@ -28,7 +28,7 @@ from torch._C import _is_alias_of  # type: ignore[attr-defined]
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from dualnn.engine.errors import DualInputError, StructureError
-from dualnn.engine.scaling import aligned, full, idle, product, scaled, sum_of_products, surely_finite, times
+from dualnn.engine.scaling import aligned, full, idle, number, product, scaled, sum_of_products, surely_finite, times
 
 LARGE = 1 << 17  # numbers in all directions together, from which on it is looked for ways to form them less often
 
@@ -193,11 +193,15 @@ class Dense(Tangent):
                     return waiting
             if singular:
                 return _new(scaled(data, factor, shape, True))
-            out = times(aligned(data, len(shape)), factor)
+            if data.dim() <= len(shape):
+                data = aligned(data, len(shape))
+            out = data * (number(factor, data) if type(factor) is float else factor)
         found = out.shape
         if len(found) != len(shape) + 1 or found[1:] != shape:
             return Dense(aligned(out, len(shape)).expand(data.shape[0], *shape))
-        return self if out is data else _new(out)
+        if out is data:
+            return self
+        return Dense(out) if type(out) is not Tensor or out.numel() < LARGE else _new(out)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Tangent:
         """Apply a linear map to the directions; the result may be a view of them."""

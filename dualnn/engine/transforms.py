@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from dualnn.engine.chunks import in_chunks
 from dualnn.engine.dual_tensor import DualTensor, checked_tangent, make, seed
 from dualnn.engine.errors import DualShapeError, UnsupportedOpError
 from dualnn.engine.levels import fresh_level
@@ -40,22 +41,24 @@ def _pushed(fn: Callable, primals: Sequence[Any], tangents: Sequence[Tangent | N
     with fresh_level() as level:
         duals = [p if t is None else make(p, t, level) for p, t in zip(primals, tangents, strict=True)]
         num = next(t.num for t in tangents if t is not None)
-        leaves, spec = pytree.tree_flatten(fn(*duals))
-    values: list[Any] = []
-    pushed: list[Tangent | None] = []
-    for leaf in leaves:
-        if isinstance(leaf, DualTensor) and leaf._level == level:
-            values.append(leaf._primal)
-            pushed.append(settled(leaf._tan))
-        elif isinstance(leaf, DualTensor) and leaf._level > level:
+        out = fn(*duals)
+        if isinstance(out, Tensor):  # nothing to flatten, which costs as much as several operations
+            return _parted(out, level, num)
+        leaves, spec = pytree.tree_flatten(out)
+    parted = [_parted(leaf, level, num) for leaf in leaves]
+    return pytree.tree_unflatten([v for v, _ in parted], spec), pytree.tree_unflatten([t for _, t in parted], spec)
+
+
+def _parted(leaf: Any, level: int, num: int) -> tuple[Any, Tangent | None]:
+    """Value and tangent of one result."""
+    if isinstance(leaf, DualTensor) and leaf._level >= level:
+        if leaf._level > level:
             raise UnsupportedOpError(
                 "the function returned a DualTensor that it built itself from its arguments, which hides their "
                 "tangents under its own. Return its .primal and .tangent."
             )
-        else:
-            values.append(leaf)
-            pushed.append(Zero(num) if isinstance(leaf, Tensor) and leaf.dtype.is_floating_point else None)
-    return pytree.tree_unflatten(values, spec), pytree.tree_unflatten(pushed, spec)
+        return leaf._primal, settled(leaf._tan)
+    return leaf, Zero(num) if isinstance(leaf, Tensor) and leaf.dtype.is_floating_point else None
 
 
 def dense_of(tan: Tangent | None, value: Any) -> Tensor | None:
@@ -67,7 +70,7 @@ def dense_of(tan: Tangent | None, value: Any) -> Tensor | None:
     return tan.given()
 
 
-def jvp(fn: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+def jvp(fn: Callable, primals: tuple, tangents: tuple, memory: int | None = None) -> tuple[Any, Any]:
     r"""Value and K directional derivatives, :math:`f(x)` and :math:`J_f(x)\,\dot x_k`, in one forward pass.
 
     Nothing is taped: memory does not depend on how many operations or iterations ``fn`` runs.
@@ -76,6 +79,8 @@ def jvp(fn: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
         fn: A function of tensors; returns a tensor or any nesting of tuples, lists and dicts of them.
         primals: Its arguments.
         tangents: One for each primal: ``(K, *shape)``, or ``shape`` for one direction. All alike.
+        memory: Bytes: run ``fn`` several times, with as many directions at a time as keep the tensors that are alive
+            during a pass within it; the results come on top. What is random in ``fn`` differs from run to run.
 
     Returns:
         ``(out, dout)`` in the structure that ``fn`` returns. ``dout`` is ``(K, *out.shape)`` (without K if the
@@ -84,6 +89,7 @@ def jvp(fn: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     Raises:
         DualShapeError: Tangents do not fit their primals or disagree on K.
         UnsupportedOpError: ``fn`` used an op that has no derivative rule.
+        DualInputError: ``memory`` does not suffice for one direction.
 
     Example:
         >>> import torch, dualnn as dn
@@ -103,11 +109,24 @@ def jvp(fn: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     seeds = [t.unsqueeze(0) if one else t for t in checked]
     if len({len(t) for t in seeds}) > 1:
         raise DualShapeError(f"tangents disagree on the number of directions: K = {[len(t) for t in seeds]}")
+    if memory is not None:
+        return _jvp_in_chunks(fn, primals, seeds, memory, one)
     out, pushed = push(fn, primals, [seed(t) for t in seeds])
+    if isinstance(out, Tensor):
+        slope = dense_of(pushed, out)
+        return out, slope if slope is None or not one else slope[0]
     leaves, spec = pytree.tree_flatten(out)
     tans = pytree.tree_leaves(pushed, is_leaf=lambda x: x is None)
     dense = [dense_of(t, v) for t, v in zip(tans, leaves, strict=True)]
     return out, pytree.tree_unflatten([d if d is None or not one else d[0] for d in dense], spec)
+
+
+def _jvp_in_chunks(fn: Callable, primals: tuple, seeds: list[Tensor], memory: int, one: bool) -> tuple[Any, Any]:
+    found = in_chunks(lambda i, j: jvp(fn, primals, tuple(t[i:j] for t in seeds)), seeds[0].shape[0], None, memory)
+    slopes = [pytree.tree_flatten(slope, is_leaf=lambda x: x is None) for _, slope in found]
+    parts = zip(*(leaves for leaves, _ in slopes), strict=True)
+    joined = [None if p[0] is None else p[0][0] if one else torch.cat(p) for p in parts]
+    return found[0][0], pytree.tree_unflatten(joined, slopes[0][1])
 
 
 def basis(x: Tensor, start: int, stop: int) -> Tensor:

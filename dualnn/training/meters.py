@@ -12,99 +12,25 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dualnn.engine.errors import DualInputError, DualnnError
+from dualnn.engine.live_bytes import LiveBytes, OpMode, aten, storages
 
-aten = torch.ops.aten
+__all__ = ["LiveBytes", "ProcessError", "Work", "forward_equivalents", "peak_rss_of"]
 
 
 class ProcessError(DualnnError, RuntimeError):
     """A measured process failed or overran its time; the message ends with the last lines it printed."""
 
 
-class _OpMode(TorchDispatchMode):
-    """Run every operation, composite ones in their parts, and hand each to `record`."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        with self:  # inference_mode delivers composite operations (linear, matmul) whole: see their parts
-            out = func.decompose(*args, **kwargs)
-        if out is not NotImplemented:
-            return out
-        before = {storage._cdata for leaf in tree_leaves((args, kwargs)) for storage in _storages(leaf)}
-        out = func(*args, **kwargs)
-        self.record(func, args, kwargs, out, before)
-        return out
-
-    def record(self, func: Any, args: Any, kwargs: Any, out: Any, before: set[int]) -> None:
-        """Take note of one operation; `before`: the addresses of its inputs' storages."""
-        raise NotImplementedError
-
-
-class LiveBytes(_OpMode):
-    """Count the bytes of tensors that were made inside the context and are still alive.
-
-    Storages are counted, each once by its size in bytes, so that views, aliases and in-place results add nothing;
-    a storage leaves the count when its last tensor goes, saved for backward or not. Tensors that existed before,
-    temporaries inside one operation, and memory outside torch are not counted.
-
-    Attributes:
-        current: bytes alive now (follows releases after the context's end too).
-        peak: largest `current` seen.
-
-    Example:
-        >>> x = torch.zeros(1000)
-        >>> with LiveBytes() as m:
-        ...     y = (x + 1).view(10, 100)
-        ...     z = y * 2
-        ...     del y
-        >>> m.peak, m.current
-        (8000, 4000)
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.current = 0
-        self.peak = 0
-        self._live: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
-        self._lock = threading.RLock()  # autograd's device threads release tensors too
-
-    def record(self, func: Any, args: Any, kwargs: Any, out: Any, before: set[int]) -> None:
-        """Count the result's new storages, and those of the inputs whose size has changed."""
-        if func is aten.lift_fresh.default:  # torch.tensor, from_numpy: "input" and output are the new tensor
-            before = set()
-        with self._lock:
-            for leaf in tree_leaves((args, kwargs, out)):
-                for storage in _storages(leaf):
-                    key, size = storage._cdata, storage.nbytes()
-                    if key in self._live:
-                        old, alive = self._live[key]
-                        if size != old:  # resize_, out=
-                            self._live[key] = (size, alive)
-                            self.current += size - old
-                    elif key not in before:
-                        self._live[key] = (size, weakref.ref(storage, partial(self._forget, key)))
-                        self.current += size
-            self.peak = max(self.peak, self.current)
-
-    def _forget(self, key: int, _: object) -> None:
-        with self._lock:
-            self.current -= self._live.pop(key)[0]
-
-
-class Work(_OpMode):
+class Work(OpMode):
     """Count the operations of a program, whatever the machine.
 
     A product or convolution counts two for each multiply-add (torch.utils.flop_counter's formulas, and those below
@@ -117,6 +43,7 @@ class Work(_OpMode):
         others: all others.
 
     Example:
+        >>> import torch
         >>> with Work() as work:
         ...     _ = torch.tanh(torch.ones(2, 3) @ torch.ones(3, 4))
         >>> work.products, work.others  # 2 * 2 * 3 * 4; two times ones, tanh
@@ -145,7 +72,7 @@ class Work(_OpMode):
             if not results:  # _foreach_add_ and its like return nothing
                 results = list(_written(func, args, kwargs))
             elif not func._schema.is_mutable:
-                results = [t for t in results if all(s._cdata not in before for s in _storages(t))]
+                results = [t for t in results if all(s._cdata not in before for s in storages(t))]
             self.others += sum(t.numel() for t in results)
 
 
@@ -171,6 +98,7 @@ def forward_equivalents(step: Callable[[], object], forward: Callable[[], object
         DualInputError: `forward` does no work at all.
 
     Example:
+        >>> import torch
         >>> x = torch.ones(8, 8)
         >>> forward_equivalents(lambda: x @ x @ x, lambda: x @ x)
         2.0
@@ -267,22 +195,6 @@ def _call_of(function: Callable[[], object]) -> list[str]:
 def _tail(output: Any, lines: int = 20) -> str:
     output.seek(0)
     return "\n".join(output.read().decode(errors="replace").splitlines()[-lines:])
-
-
-def _storages(leaf: object) -> Iterator[torch.UntypedStorage]:
-    """The storages with memory behind them of a tensor: none for meta tensors, several for sparse ones."""
-    if is_traceable_wrapper_subclass(leaf):
-        for name in leaf.__tensor_flatten__()[0]:
-            yield from _storages(getattr(leaf, name))
-    elif not isinstance(leaf, Tensor):
-        return
-    elif leaf.layout is torch.sparse_coo:
-        yield from _storages(leaf._indices())
-        yield from _storages(leaf._values())
-    elif leaf.layout is torch.strided:
-        storage = leaf.untyped_storage()
-        if storage.nbytes() and storage.data_ptr():
-            yield storage
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:

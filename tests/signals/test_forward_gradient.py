@@ -80,3 +80,23 @@ def test_live_bytes_do_not_grow_with_depth():
     (backprop, _), (backprop_deep, _) = (live(depth, Backprop()) for depth in (8, 64))
     assert forward_deep - forward < large - small + activations
     assert backprop_deep - backprop > 50 * activations
+
+
+@pytest.mark.parametrize("rank", [1, None])
+def test_a_deep_networks_step_takes_a_fifth_of_backprops_live_bytes(rank):
+    """64 layers, 1024 samples, the backward pass included; beside the gradient itself, no more than 4 layers do."""
+    batch, width = 1024, 64
+
+    def step(depth, signal):
+        layers = [m for _ in range(depth) for m in (nn.Linear(width, width), nn.Tanh())]
+        net, x = nn.Sequential(*layers), torch.randn(batch, width)
+        with LiveBytes() as meter:
+            signal_loss(lambda: net(x).square().mean(), net, signal, key=0).backward()
+        return meter.peak, 4 * sum(p.numel() for p in net.parameters())
+
+    signal = ForwardGradient(1, rank=rank)
+    step(1, signal)
+    (few, small), (many, large) = step(4, signal), step(64, signal)
+    backprop, _ = step(64, Backprop())
+    assert many < 0.2 * backprop
+    assert (many - large) - (few - small) < 4 * batch * width  # no more than one layer's activations

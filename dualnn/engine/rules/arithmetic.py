@@ -58,6 +58,7 @@ ADD = binary(
     lambda a, b, y, alpha=1: float(alpha),
     also=[Tensor.__add__, Tensor.__radd__],
     also_inplace=[Tensor.__iadd__],
+    numbers=True,
 )
 SUB = binary(
     "sub",
@@ -65,6 +66,7 @@ SUB = binary(
     lambda a, b, y, alpha=1: -float(alpha),
     also=[torch.subtract, Tensor.subtract, Tensor.__sub__],
     also_inplace=[Tensor.__isub__],
+    numbers=True,
 )
 MUL = binary(
     "mul",
@@ -72,6 +74,7 @@ MUL = binary(
     lambda a, b, y: a,
     also=[torch.multiply, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__],
     also_inplace=[Tensor.__imul__],
+    numbers=True,
 )
 DIV = binary(
     "div",
