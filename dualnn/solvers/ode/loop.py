@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dualnn.solvers.ode.control import Tolerance, first_step
+from dualnn.solvers.ode.course import Plan, aim, begun, judged, reached
 from dualnn.solvers.ode.field import Field
 from dualnn.solvers.ode.method import Method, Trial, held
 from dualnn.solvers.ode.newton import Limits
@@ -73,55 +74,30 @@ def integrate(
         The values (nan after the end of samples that were given up), and the course.
     """
     tol = method.tolerance(tol)
-    batch, count = y.shape[:-1], len(t)
-    whole = torch.ones(batch, dtype=y.dtype, device=y.device)
-    now, end = t[0] * whole, t[-1]
-    sign = 1.0 if float(end) >= float(t[0]) else -1.0
+    plan = planned(method, t, options)
+    now = t[0].expand(y.shape[:-1])
     f = field(now, y)
     status = torch.where(torch.isfinite(f).all(-1), Status.RUNNING, Status.NONFINITE)
-    if count == 1:
+    if len(t) == 1:
         status = torch.where(status == Status.RUNNING, Status.DONE, status)
-    fixed = options.step_size is not None
-    lengths = None if options.step_size is None else torch.as_tensor(options.step_size, dtype=y.dtype).reshape(-1)
-    if lengths is not None:
-        h = sign * lengths[0] * whole
-    elif options.first_step is not None:
-        h = sign * min(options.first_step, abs(float(end - t[0]))) * whole
-    else:
-        h = first_step(field, now, y, f, (end - t[0]) * whole, method.error_order, tol)
-        h = torch.where(torch.isfinite(h) & (h != 0), h, sign * 1e-6)
+    course = begun(now, _first(method, field, now, y, f, plan, tol, options), status)
     if follower is not None:
-        follower.start(now, h)
-    state = method.begin(field, now, y, f, h)
-    rows = [y, *(torch.full_like(y, torch.nan) for _ in range(count - 1))]
-    cursor = torch.ones(batch, dtype=torch.int64, device=y.device)
-    steps = rejected = failures = iterations = attempts = torch.zeros_like(cursor)
-    last = whole
-    taken, why = torch.zeros_like(h), status
-    land = method.land if options.land is None else options.land
-    eps = torch.finfo(y.dtype).eps
-    limits = _limits(tol, options, eps)
+        follower.start(now, course.h)
+    state = method.begin(field, now, y, f, course.h)
+    rows = [y, *(torch.full_like(y, torch.nan) for _ in t[1:])]
+    limits = _limits(tol, options, torch.finfo(y.dtype).eps)
+    fixed = plan.lengths is not None
 
     while True:
-        active = status == Status.RUNNING
+        tried = aim(course, plan)
+        active, h, now = tried.active, tried.h, course.now
         if not bool(active.any()):
             break
-        if lengths is not None:
-            h = sign * lengths[steps.clamp_max(len(lengths) - 1)]
-        elif options.max_step is not None:
-            h = sign * torch.clamp_max(h.abs(), options.max_step)
-        target = t[cursor.clamp_max(count - 1)] if land else end
-        remaining = target - now
-        # A step that nearly reaches the target is stretched to it. (A finished sample keeps its harmless step.)
-        lands = active & (h.abs() * (1 + eps**0.5 if fixed else 1.01) >= remaining.abs())
-        planned, h = h, torch.where(lands, remaining, h)
-        h = torch.where(active & (h != 0), h, planned)
         trial = method.attempt(field, now, state, h, active, tol, limits)
         ends = method.solution(trial.state.carry)
         finite = torch.isfinite(trial.norm) & torch.isfinite(ends).all(-1)
         passed = active & trial.solved & finite & ((trial.norm <= 1) | fixed)
         norm = trial.norm
-        reached = torch.where(lands, target, now + h)
 
         if follower is not None and bool(passed.any()) and not fixed:
             size = follower.errors(Step(now, h, passed, _frozen(passed, trial), (), ()), tol)
@@ -129,14 +105,14 @@ def integrate(
                 norm = torch.where(passed, torch.maximum(norm, size), norm)
                 passed = passed & (size <= 1)
         outputs: list[Output] = []
-        after = torch.where(passed, reached, now)
+        after, cursor = torch.where(passed, reached(course, tried), now), course.cursor
         if bool(passed.any()):
             while True:
-                wanted = t[cursor.clamp_max(count - 1)]
-                crossed = passed & (cursor < count) & (sign * (after - wanted) >= 0)
+                wanted = t[cursor.clamp_max(len(t) - 1)]
+                crossed = passed & (cursor < len(t)) & (plan.sign * (after - wanted) >= 0)
                 if not bool(crossed.any()):
                     break
-                theta = torch.where(lands & (wanted == target), 1.0, (wanted - now) / h)
+                theta = torch.where(tried.lands & (wanted == tried.target), 1.0, (wanted - now) / h)
                 value = method.dense(state.carry, trial.state.carry, trial.stages, h, theta)
                 value = torch.where((theta == 1).unsqueeze(-1), ends, value)
                 for row in torch.unique(cursor[crossed]).tolist():
@@ -147,37 +123,36 @@ def integrate(
         merged = held(passed, trial.state, state)
         if follower is not None and bool(passed.any()):
             follower.take(Step(now, h, passed, _frozen(passed, trial), merged.carry, tuple(outputs)))
-        state, factor = method.adapt(field, after, trial, merged, norm, last, passed, tol, fixed)
-        attempts = attempts + active
-        steps = steps + passed
-        iterations = iterations + trial.iterations
-        unsolved = active & ~trial.solved
-        failures = failures + unsolved
-        rejected = rejected + (active & trial.solved & ~passed)
-        why = torch.where(active & trial.solved & finite, Status.COLLAPSED, why)
-        why = torch.where(active & ~finite, Status.NONFINITE, why)
-        why = torch.where(unsolved & trial.regular, torch.where(finite, Status.NEWTON, Status.NONFINITE), why)
-        why = torch.where(active & ~trial.regular, Status.SINGULAR, why)
-        last = torch.where(passed, norm, last)
-        taken = torch.where(passed, h, taken)
-        factor = torch.where(unsolved, 0.25 if options.step_size is None else 1.0, factor)
-        new = h * factor
-        # A step that was cut short to land says nothing against the one that was planned.
-        new = torch.where(passed & lands & (planned.abs() > new.abs()), planned, new)
-        h = torch.where(active, new, planned)
-        now = after
-        status = torch.where(active & (cursor >= count), Status.DONE, status)
-        running = status == Status.RUNNING
-        short = h.abs() <= 4 * eps * torch.maximum(now.abs(), (end - t[0]).abs() * eps)
-        status = torch.where(running & ~passed & (short | fixed), why, status)
-        status = torch.where(running & passed & short & ~lands, Status.COLLAPSED, status)
-        status = torch.where((status == Status.RUNNING) & (attempts >= options.max_steps), Status.MAX_STEPS, status)
+        state, factor = method.adapt(field, after, trial, merged, norm, course.last, passed, tol, fixed)
+        course = judged(course, tried, trial, finite, passed, norm, cursor, factor, plan)
+    return torch.stack(rows), course.stats(field.counts)
 
-    stats = OdeStats(
-        steps, rejected, failures, iterations, status, now, taken,
-        field.counts.evaluations, field.counts.jacobians, field.counts.factorisations,
-    )  # fmt: skip
-    return torch.stack(rows), stats
+
+def planned(method: Method, t: Tensor, options: Options) -> Plan:
+    """What is asked for, of a method."""
+    limit, lengths = options.max_step, options.step_size
+    return Plan(
+        t,
+        torch.tensor(len(t), device=t.device),
+        torch.where(t[-1] >= t[0], 1.0, -1.0).to(t),
+        None if limit is None else t.new_tensor(limit),
+        None if lengths is None else torch.as_tensor(lengths, dtype=t.dtype, device=t.device).reshape(-1),
+        torch.tensor(options.max_steps, device=t.device),
+        method.land if options.land is None else options.land,
+    )
+
+
+def _first(
+    method: Method, field: Field, now: Tensor, y: Tensor, f: Tensor, plan: Plan, tol: Tolerance, options: Options
+) -> Tensor:
+    """The first step of every sample, signed."""
+    span = plan.times[-1] - plan.times[0]
+    if plan.lengths is not None:
+        return (plan.sign * plan.lengths[0]).expand_as(now)
+    if options.first_step is not None:
+        return (plan.sign * span.abs().clamp_max(options.first_step)).expand_as(now)
+    h = first_step(field, now, y, f, span.expand_as(now), method.error_order, tol)
+    return torch.where(torch.isfinite(h) & (h != 0), h, plan.sign * 1e-6)
 
 
 def _frozen(passed: Tensor, trial: Trial) -> tuple[Tensor, ...]:
