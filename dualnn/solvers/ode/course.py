@@ -20,22 +20,20 @@ class Plan(NamedTuple):
     """What a call asks for.
 
     Attributes:
-        times: Where steps may have to end, ``(T,)``, the start first; more of the last one may follow.
-        count: How many they are, 0-dim.
+        start: Time, 0-dim.
+        end: Likewise.
         sign: 1 or -1, of the direction of time.
         max_step: Longest step; None: no limit.
         lengths: Lengths of fixed steps, ``(S,)``; None: adaptive.
         max_steps: Attempted steps at most.
-        land: Whether steps end at every one of the times, or only at the last.
     """
 
-    times: Tensor
-    count: Tensor
+    start: Tensor
+    end: Tensor
     sign: Tensor
     max_step: Tensor | None
     lengths: Tensor | None
     max_steps: Tensor
-    land: bool
 
 
 class Course(NamedTuple):
@@ -46,7 +44,6 @@ class Course(NamedTuple):
         h: The step planned next, signed.
         last: Error norm of the last accepted step.
         taken: That step.
-        cursor: Index of the next time at which a step must end.
         steps: Accepted ones.
         rejected: By the error test.
         failures: Of Newton's method.
@@ -60,7 +57,6 @@ class Course(NamedTuple):
     h: Tensor
     last: Tensor
     taken: Tensor
-    cursor: Tensor
     steps: Tensor
     rejected: Tensor
     failures: Tensor
@@ -91,20 +87,16 @@ class Aim(NamedTuple):
 def begun(now: Tensor, h: Tensor, status: Tensor) -> Course:
     """Before the first step."""
     none = torch.zeros_like(status)
-    return Course(now, h, torch.ones_like(now), torch.zeros_like(now), none + 1, *(none,) * 5, status, status)
+    return Course(now, h, torch.ones_like(now), torch.zeros_like(now), *(none,) * 5, status, status)
 
 
-def aim(course: Course, plan: Plan) -> Aim:
-    """The next step of every sample; one that has finished repeats a harmless one, never of length 0."""
+def aim(course: Course, plan: Plan, target: Tensor) -> Aim:
+    """The next step of every sample, as far as ``target`` at most; a finished one repeats a harmless one, never 0."""
     active, h, now = course.status == Status.RUNNING, course.h, course.now
     if plan.lengths is not None:
         h = plan.sign * plan.lengths[course.steps.clamp_max(len(plan.lengths) - 1)]
     elif plan.max_step is not None:
         h = plan.sign * torch.minimum(h.abs(), plan.max_step)
-    if plan.land:
-        target = plan.times[torch.minimum(course.cursor, plan.count - 1)]
-    else:
-        target = plan.times[-1].expand_as(now)
     remaining = target - now
     # A step that nearly reaches the target is stretched to it.
     reach = 1.01 if plan.lengths is None else 1 + torch.finfo(h.dtype).eps ** 0.5
@@ -125,7 +117,7 @@ def judged(
     finite: Tensor,
     passed: Tensor,
     norm: Tensor,
-    cursor: Tensor,
+    done: Tensor,
     factor: Tensor,
     plan: Plan,
 ) -> Course:
@@ -138,7 +130,7 @@ def judged(
         finite: Whose result is.
         passed: Which samples go on from its end.
         norm: Its error.
-        cursor: The new one.
+        done: Which samples have arrived at the end.
         factor: From h to the next step.
         plan: What was asked for.
     """
@@ -155,10 +147,10 @@ def judged(
     new = torch.where(passed & lands & (planned.abs() > new.abs()), planned, new)
     new = torch.where(active, new, planned)
     eps = torch.finfo(h.dtype).eps
-    span = (plan.times[-1] - plan.times[0]).abs()
+    span = (plan.end - plan.start).abs()
     short = new.abs() <= 4 * eps * torch.maximum(now.abs(), span * eps)
     attempts = course.attempts + active
-    status = torch.where(active & (cursor >= plan.count), Status.DONE, course.status)
+    status = torch.where(active & done, Status.DONE, course.status)
     running = status == Status.RUNNING
     status = torch.where(running & ~passed & (True if fixed else short), why, status)
     status = torch.where(running & passed & short & ~lands, Status.COLLAPSED, status)
@@ -168,7 +160,6 @@ def judged(
         new,
         torch.where(passed, norm, course.last),
         torch.where(passed, h, course.taken),
-        cursor,
         course.steps + passed,
         course.rejected + (active & trial.solved & ~passed),
         course.failures + unsolved,

@@ -19,8 +19,9 @@ from torch import Tensor
 from dualnn.engine.dual_tensor import DualTensor, primal_of, top_level
 from dualnn.solvers.ode.control import Tolerance
 from dualnn.solvers.ode.field import Field
-from dualnn.solvers.ode.loop import Output, Step
+from dualnn.solvers.ode.loop import Step
 from dualnn.solvers.ode.method import Carry, Method, held
+from dualnn.solvers.ode.outputs import Output
 
 
 def moving(t: Tensor) -> Tensor | None:

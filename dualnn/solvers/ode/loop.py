@@ -6,6 +6,7 @@ size and stages, as constants.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,16 +18,8 @@ from dualnn.solvers.ode.field import Field
 from dualnn.solvers.ode.method import Method, Trial, held
 from dualnn.solvers.ode.newton import Limits
 from dualnn.solvers.ode.options import Options
+from dualnn.solvers.ode.outputs import Output, Outputs
 from dualnn.solvers.ode.stats import OdeStats, Status
-
-
-class Output(NamedTuple):
-    """A requested time that some samples passed in a step."""
-
-    row: int
-    samples: Tensor
-    theta: Tensor
-    value: Tensor
 
 
 class Step(NamedTuple):
@@ -74,7 +67,7 @@ def integrate(
         The values (nan after the end of samples that were given up), and the course.
     """
     tol = method.tolerance(tol)
-    plan = planned(method, t, options)
+    plan = planned(t, options)
     now = t[0].expand(y.shape[:-1])
     f = field(now, y)
     status = torch.where(torch.isfinite(f).all(-1), Status.RUNNING, Status.NONFINITE)
@@ -84,12 +77,13 @@ def integrate(
     if follower is not None:
         follower.start(now, course.h)
     state = method.begin(field, now, y, f, course.h)
-    rows = [y, *(torch.full_like(y, torch.nan) for _ in t[1:])]
+    found = Outputs(t, y, plan.sign, now.shape)
+    land = method.land if options.land is None else options.land
     limits = _limits(tol, options, torch.finfo(y.dtype).eps)
     fixed = plan.lengths is not None
 
     while True:
-        tried = aim(course, plan)
+        tried = aim(course, plan, found.wanted if land else plan.end)
         active, h, now = tried.active, tried.h, course.now
         if not bool(active.any()):
             break
@@ -104,41 +98,27 @@ def integrate(
             if size is not None:
                 norm = torch.where(passed, torch.maximum(norm, size), norm)
                 passed = passed & (size <= 1)
-        outputs: list[Output] = []
-        after, cursor = torch.where(passed, reached(course, tried), now), course.cursor
-        if bool(passed.any()):
-            while True:
-                wanted = t[cursor.clamp_max(len(t) - 1)]
-                crossed = passed & (cursor < len(t)) & (plan.sign * (after - wanted) >= 0)
-                if not bool(crossed.any()):
-                    break
-                theta = torch.where(tried.lands & (wanted == tried.target), 1.0, (wanted - now) / h)
-                value = method.dense(state.carry, trial.state.carry, trial.stages, h, theta)
-                value = torch.where((theta == 1).unsqueeze(-1), ends, value)
-                for row in torch.unique(cursor[crossed]).tolist():
-                    here = crossed & (cursor == row)
-                    rows[row] = torch.where(here.unsqueeze(-1), value, rows[row])
-                    outputs.append(Output(row, here, theta, value))
-                cursor = cursor + crossed
+        after = torch.where(passed, reached(course, tried), now)
+        dense = partial(method.dense, state.carry, trial.state.carry, trial.stages, h)
+        outputs = found.take(now, after, h, passed, ends, dense)
         merged = held(passed, trial.state, state)
         if follower is not None and bool(passed.any()):
-            follower.take(Step(now, h, passed, _frozen(passed, trial), merged.carry, tuple(outputs)))
+            follower.take(Step(now, h, passed, _frozen(passed, trial), merged.carry, outputs))
         state, factor = method.adapt(field, after, trial, merged, norm, course.last, passed, tol, fixed)
-        course = judged(course, tried, trial, finite, passed, norm, cursor, factor, plan)
-    return torch.stack(rows), course.stats(field.counts)
+        course = judged(course, tried, trial, finite, passed, norm, found.complete, factor, plan)
+    return found.rows, course.stats(field.counts)
 
 
-def planned(method: Method, t: Tensor, options: Options) -> Plan:
-    """What is asked for, of a method."""
+def planned(t: Tensor, options: Options) -> Plan:
+    """What is asked for."""
     limit, lengths = options.max_step, options.step_size
     return Plan(
-        t,
-        torch.tensor(len(t), device=t.device),
+        t[0],
+        t[-1],
         torch.where(t[-1] >= t[0], 1.0, -1.0).to(t),
         None if limit is None else t.new_tensor(limit),
         None if lengths is None else torch.as_tensor(lengths, dtype=t.dtype, device=t.device).reshape(-1),
         torch.tensor(options.max_steps, device=t.device),
-        method.land if options.land is None else options.land,
     )
 
 
@@ -146,7 +126,7 @@ def _first(
     method: Method, field: Field, now: Tensor, y: Tensor, f: Tensor, plan: Plan, tol: Tolerance, options: Options
 ) -> Tensor:
     """The first step of every sample, signed."""
-    span = plan.times[-1] - plan.times[0]
+    span = plan.end - plan.start
     if plan.lengths is not None:
         return (plan.sign * plan.lengths[0]).expand_as(now)
     if options.first_step is not None:

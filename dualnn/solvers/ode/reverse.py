@@ -18,8 +18,9 @@ from dualnn.engine.dual_tensor import primal_of
 from dualnn.solvers.ode.control import Tolerance
 from dualnn.solvers.ode.field import Field
 from dualnn.solvers.ode.follow import interpolated, moving, shifted
-from dualnn.solvers.ode.loop import Output, Step
+from dualnn.solvers.ode.loop import Step
 from dualnn.solvers.ode.method import Carry, Method, held
+from dualnn.solvers.ode.outputs import Output
 
 SEGMENT = 32
 
