@@ -33,9 +33,9 @@ class Trial(NamedTuple):
 
     Attributes:
         state: Where it leads.
-        stages: What `Method.dense` needs of it.
+        stages: What `Method.dense` needs of it (see `formed`).
         frozen: What `Method.follow` takes as constants: the solution of its equations, its order.
-        error: Estimated local error, ``(*batch, n)``.
+        error: Estimated local error, ``(*batch, n)`` or, of two estimates, ``(*batch, 2, n)``.
         norm: Its size, ``batch``; at most 1 passes.
         solved: Samples whose stage equations were solved.
         regular: Samples whose iteration matrix was.
@@ -43,7 +43,7 @@ class Trial(NamedTuple):
     """
 
     state: State
-    stages: tuple[Tensor, ...]
+    stages: tuple[Any, ...]
     frozen: tuple[Tensor, ...]
     error: Tensor
     norm: Tensor
@@ -109,6 +109,11 @@ def held(mask: Tensor, new: Any, old: Any) -> Any:
         return torch.where(over(mask, new), new, old)
     parts = [held(mask, a, b) for a, b in zip(new, old, strict=True)]
     return type(new)(*parts) if hasattr(new, "_fields") else type(new)(parts)
+
+
+def formed(stages: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Stages as tensors: those that only an interpolant needs are callables until somebody interpolates."""
+    return tuple(s() if callable(s) else s for s in stages)
 
 
 def all_of(mask: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from dualnn.solvers.factors import refuse_mixing
 from dualnn.solvers.ode.bdf import BDF
 from dualnn.solvers.ode.captured import lifted, refuse_captured
 from dualnn.solvers.ode.control import Tolerance
+from dualnn.solvers.ode.dop853 import DOP853
 from dualnn.solvers.ode.dopri5 import DOPRI5
 from dualnn.solvers.ode.field import Counts, Field
 from dualnn.solvers.ode.follow import Forward, differentiated, sizes
@@ -32,6 +33,7 @@ from dualnn.solvers.ode.stats import ON_FAILURE, OnFailure, failure
 
 METHODS: dict[str, Callable[[Options], Method]] = {
     "bdf": lambda options: BDF(options.max_order),
+    "dop853": lambda options: DOP853,
     "dopri5": lambda options: DOPRI5,
     "radau": lambda options: Radau(),
     "rodas5p": lambda options: RODAS5P,
@@ -68,6 +70,7 @@ def odeint(
     ``radau``    Radau IIA of order 5, implicit: accurate, robust; the choice for tight tolerances
     ``rodas5p``  Rosenbrock of order 5, without iterations: for stiff problems with few unknowns
     ``dopri5``   Dormand-Prince 5(4), explicit: for problems that are not stiff
+    ``dop853``   Dormand-Prince 8(5,3), explicit: for problems that are not stiff, at tight tolerances
     ===========  =====================================================================================================
 
     Args:

@@ -19,20 +19,21 @@ from torch import Tensor
 
 from dualnn.solvers.ode.control import Controller, Tolerance
 from dualnn.solvers.ode.field import Field
-from dualnn.solvers.ode.method import Carry, State, Trial, all_of
+from dualnn.solvers.ode.method import Carry, State, Trial, all_of, formed
 from dualnn.solvers.ode.newton import Limits
 
 
 class RungeKutta:
-    """A pair whose last stage is the next step's first one.
+    """A method whose last stage is the next step's first one.
 
     Args:
         a: Rows of the tableau, the first stage (empty) left out; the last row is the solution's weights.
         c: Nodes of those stages.
-        e: Weights of the error estimate, one a stage (the first included).
+        e: Weights of the error estimate, one a stage (the first included); or two estimates that count together.
         p: Interpolant, ``(stages, degree)``, powers 1, 2, … of theta.
         error_order: Of the error estimate's leading term in h, less one.
         control: The controller.
+        later: Rows and nodes of further stages, which the interpolant alone needs.
     """
 
     land = False
@@ -41,14 +42,16 @@ class RungeKutta:
         self,
         a: Sequence[Sequence[float]],
         c: Sequence[float],
-        e: Sequence[float],
+        e: Sequence[float] | tuple[Sequence[float], Sequence[float]],
         p: Sequence[Sequence[float]],
         error_order: int,
         control: Controller,
+        later: tuple[Sequence[Sequence[float]], Sequence[float]] = ((), ()),
     ) -> None:
         self.c, self.control, self.error_order = c, control, error_order
         self.a = [torch.tensor(row, dtype=torch.float64) for row in a]
-        self.e, self.p = torch.tensor(e, dtype=torch.float64), torch.tensor(p, dtype=torch.float64)
+        self.e, self.p = torch.tensor(e, dtype=torch.float64).t(), torch.tensor(p, dtype=torch.float64)
+        self.later = [(torch.tensor(row, dtype=torch.float64), c) for row, c in zip(*later, strict=True)]
 
     def solution(self, carry: Carry) -> Tensor:
         """Its first part."""
@@ -102,11 +105,22 @@ class RungeKutta:
             at = y + wide * (torch.stack(slopes, -1) @ row.to(h))
             slopes.append(field(t + c * h, at))
         k = torch.stack(slopes, -1)
-        return (at, slopes[-1]), (k,), lambda: wide * (k @ self.e.to(h))
+
+        def all_stages() -> Tensor:
+            more = list(slopes)
+            for row, c in self.later:
+                more.append(field(t + c * h, y + wide * (torch.stack(more, -1) @ row.to(h))))
+            return torch.stack(more, -1)
+
+        def estimate() -> Tensor:
+            error = k @ self.e.to(h)
+            return wide * error if self.e.dim() == 1 else wide.unsqueeze(-1) * error.mT
+
+        return (at, slopes[-1]), (all_stages if self.later else k,), estimate
 
     def dense(self, old: Carry, new: Carry, stages: tuple[Any, ...], h: Tensor, theta: Tensor) -> Tensor:
         """By Horner's rule in theta."""
-        (k,) = stages
+        (k,) = formed(stages)
         terms = (k @ self.p.to(h)).unbind(-1)
         theta, total = theta.unsqueeze(-1), terms[-1]
         for term in terms[-2::-1]:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 F64 = torch.float64
 STIFF = ("radau", "rodas5p", "bdf")
-METHODS = (*STIFF, "dopri5")
+EXPLICIT = ("dopri5", "dop853")
+METHODS = (*STIFF, *EXPLICIT)
 
 
 def robertson(t: Tensor, y: Tensor, p: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ import torch
 
 from dualnn.solvers import odeint
 from dualnn.solvers.ode import bdf, radau
+from dualnn.solvers.ode.dop853 import DOP853
 from dualnn.solvers.ode.dopri5 import DOPRI5
 from dualnn.solvers.ode.odeint import METHODS as REGISTERED
 from dualnn.solvers.ode.rodas5p import RODAS5P
 from tests.solvers.ode.problems import F64
 
-ORDER = {"dopri5": 5, "radau": 5, "rodas5p": 5}
-DENSE = {"dopri5": 4, "radau": 3, "rodas5p": 4}
+ORDER = {"dopri5": 5, "dop853": 8, "radau": 5, "rodas5p": 5}
+DENSE = {"dopri5": 4, "dop853": 7, "radau": 3, "rodas5p": 4}
 
 
 def pendulum(t, y):
@@ -29,8 +30,8 @@ def solve(method, step, t):
 @pytest.fixture(scope="module")
 def exact():
     return odeint(
-        pendulum, torch.tensor([1.0, -0.4], dtype=F64), torch.tensor([0.0, 0.43, 1.0], dtype=F64), method="radau",
-        rtol=1e-12, atol=1e-13, options={"land": True},
+        pendulum, torch.tensor([1.0, -0.4], dtype=F64), torch.tensor([0.0, 0.43, 1.0], dtype=F64), method="dop853",
+        rtol=1e-13, atol=1e-15, options={"land": True},
     )  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def slope(errors, steps):
 
 @pytest.mark.parametrize("method", ORDER)
 def test_the_order_with_fixed_steps(method, exact):
-    steps = (1 / 5, 1 / 7, 1 / 10, 1 / 14)
+    steps = (1 / 2, 1 / 3, 1 / 4, 1 / 6) if method == "dop853" else (1 / 5, 1 / 7, 1 / 10, 1 / 14)
     ends = [solve(method, h, (1.0,))[-1] for h in steps]
     assert slope([float((e - exact[-1]).norm()) for e in ends], steps) > ORDER[method] - 0.4
 
@@ -50,7 +51,7 @@ def test_the_order_with_fixed_steps(method, exact):
 @pytest.mark.parametrize("method", DENSE)
 def test_the_order_between_the_steps(method, exact):
     """Errors at the same place within a step: at 0.43, steps of 0.43 / (k + 1/2)."""
-    counts = (3, 5, 7, 11)
+    counts = (1, 2, 3, 4) if method == "dop853" else (3, 5, 7, 11)
     steps = [0.43 / (k + 0.5) for k in counts]
     found = [solve(method, h, (0.43, 1.0))[1] for h in steps]
     assert slope([float((e - exact[1]).norm()) for e in found], steps) > DENSE[method] - 0.3
@@ -115,11 +116,18 @@ def test_radau_coefficients():
 
 
 def test_explicit_and_rosenbrock_coefficients_are_consistent():
-    for row, c in zip(DOPRI5.a, DOPRI5.c, strict=True):
-        torch.testing.assert_close(row.sum(), torch.tensor(c, dtype=F64))
-    torch.testing.assert_close(DOPRI5.e.sum(), torch.tensor(0.0, dtype=F64), rtol=0, atol=1e-15)
-    # The interpolant ends at the step's end: with weights b.
-    torch.testing.assert_close(DOPRI5.p.sum(1)[:6], DOPRI5.a[-1], rtol=0, atol=1e-13)
+    for pair in (DOPRI5, DOP853):
+        rows = (*zip(pair.a, pair.c, strict=True), *pair.later)
+        for row, c in rows:
+            torch.testing.assert_close(row.sum(), torch.tensor(c, dtype=F64), rtol=1e-14, atol=0)
+        torch.testing.assert_close(pair.e.sum(0), torch.zeros_like(pair.e.sum(0)), rtol=0, atol=1e-15)
+        # The interpolant ends at the step's end, with weights b, and its slopes are those of the step at both ends.
+        n, powers = len(pair.a[-1]), torch.arange(1, pair.p.shape[1] + 1, dtype=F64)
+        torch.testing.assert_close(pair.p.sum(1)[:n], pair.a[-1], rtol=0, atol=1e-12)
+        ends = torch.stack([pair.p[:, 0], pair.p @ powers], -1)
+        wanted = torch.zeros_like(ends)
+        wanted[0, 0] = wanted[n, 1] = 1
+        torch.testing.assert_close(ends, wanted, rtol=0, atol=1e-11)
     # Stage i of y' = 1: the sum of a_ij u_j is c_i h, u being what W u = 1 + C u / h gives with J = 0.
     u = [torch.tensor(RODAS5P.gamma, dtype=F64)]
     for row, c in zip(RODAS5P.rows, RODAS5P.c, strict=True):
@@ -129,4 +137,4 @@ def test_explicit_and_rosenbrock_coefficients_are_consistent():
 
 
 def test_every_method_is_registered_under_its_name():
-    assert set(REGISTERED) >= {"bdf", "radau", "rodas5p", "dopri5"}
+    assert set(REGISTERED) >= {"bdf", "radau", "rodas5p", "dopri5", "dop853"}
