@@ -43,7 +43,7 @@ class Along(NamedTuple):
         rows = torch.eye(n, dtype=y.dtype, device=y.device).reshape(n, *(1,) * (y.dim() - 1), n).expand(n, *y.shape)
         in_t = None if dt is None else Dense(torch.cat([dt.new_zeros(n, *t.shape), dt.expand(len(dt), *t.shape)]))
         f, tan = push(
-            lambda t, y, *args: Field(self.field.fn, args)(t, y),
+            lambda t, y, *args: self.field.at(args)(t, y),
             (t, y, *self.field.args),
             [in_t, Dense(torch.cat([rows, dy.expand(len(dy), *y.shape)])), *self.tangents],
         )
@@ -52,10 +52,13 @@ class Along(NamedTuple):
 
 
 def along(field: Field, values: Sequence[Any], n: int) -> Along | None:
-    """What the arguments carry, if that and ``values`` are duals of one level over plain tensors; else None."""
+    """What the arguments carry, if that and ``values`` are duals of one level over plain tensors; else None.
+
+    None as well where the mass matrix itself moves.
+    """
     everything = (*values, *field.args)
     level = single(everything)
-    if not level:
+    if not level or isinstance(field.mass, DualTensor):
         return None
     if field.known is None:
         num = count(level, everything)
@@ -64,7 +67,7 @@ def along(field: Field, values: Sequence[Any], n: int) -> Along | None:
         for value, tan in parts:
             rows = None if tan is None else tan.dense()
             wide.append(None if rows is None else Dense(torch.cat([rows.new_zeros(n, *value.shape), rows])))
-        field.known = Along(level, num, Field(field.fn, [v for v, _ in parts]), tuple(wide))
+        field.known = Along(level, num, field.at([v for v, _ in parts]), tuple(wide))
     return field.known
 
 

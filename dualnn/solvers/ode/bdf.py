@@ -97,7 +97,7 @@ class BDF:
         """Order 1 knows the slope."""
         f, jacobian, _ = field.linearise(t, y)
         order = torch.ones(h.shape, dtype=torch.int64, device=h.device)
-        history = _history(y, f, h)
+        history = _history(y, field.slope(f), h)
         current = torch.isfinite(jacobian).flatten(-2).all(-1)
         return State((history,), (h, order, torch.zeros_like(order), jacobian, current))
 
@@ -112,18 +112,18 @@ class BDF:
         predicted, past = (PREDICT.to(h)[order] @ history).unbind(-2)
         scale = tol.scale(predicted)
         weight = (h / ALPHA.to(h)[order]).unsqueeze(-1)
-        eye = torch.eye(predicted.shape[-1], dtype=h.dtype, device=h.device)
+        inertia = field.inertia(predicted)
         end = t + h
         d = torch.zeros_like(predicted)
         solved = ~active
         regular = torch.ones_like(active)
         iterations = torch.zeros_like(order)
         for _ in range(2):
-            factors = field.factorise(eye - weight.unsqueeze(-1) * jacobian)
+            factors = field.factorise(inertia - weight.unsqueeze(-1) * jacobian)
 
             def step(d: Tensor, factors: LU = factors) -> tuple[Tensor, Tensor]:
                 slopes = field(end, predicted + d)
-                return factors.solve(weight * slopes - past - d), slopes
+                return factors.solve(weight * slopes - field.weigh(past + d)), slopes
 
             trying = active & ~solved
             found = newton(step, torch.zeros_like(d), scale, trying, limits, tol, MAX_ITERATIONS)
@@ -187,7 +187,7 @@ class BDF:
 
     def carry(self, field: Field, t: Tensor, y: Tensor, h: Tensor) -> Carry:
         """The history at the start: a straight line."""
-        return (_history(y, field(t, y), h),)
+        return (_history(y, field.slope(field(t, y)), h),)
 
     def follow(
         self, field: Field, t: Tensor, carry: Carry, h: Tensor, frozen: tuple[Tensor, ...]
@@ -203,18 +203,19 @@ class BDF:
             (value, dy), (_, dpast) = (apart(x, quick.level, quick.num) for x in (predicted, past))
             now, dt = apart(t, quick.level, quick.num) if isinstance(t, DualTensor) else (t, None)
             jacobian, forced = quick.linearise(now + h, value + known, dt, dy)
-            eye = torch.eye(known.shape[-1], dtype=h.dtype, device=h.device)
-            moved = LU(eye - weight.unsqueeze(-1) * jacobian).solve(weight * forced - dpast)
+            matrix = quick.field.inertia(known) - weight.unsqueeze(-1) * jacobian
+            moved = LU(matrix).solve(weight * forced - quick.field.weigh(dpast))
             d: Tensor = make(known, Dense(moved), quick.level)
             return (_updated(history, d, order),), (order,), lambda: CONSTANT.to(h)[order].unsqueeze(-1) * d
 
         def residual(d: Tensor, predicted: Tensor, past: Tensor, t: Tensor, *args: Any) -> Tensor:
-            return d + past - weight * Field(field.fn, args)(t + h, predicted + d)
+            inner = field.at(args)
+            return inner.weigh(d + past) - weight * inner(t + h, predicted + d)
 
         def linearise(d: Tensor, predicted: Tensor, past: Tensor, t: Tensor, *args: Any) -> LU:
-            jacobian = Field(field.fn, args).linearise(t + h, predicted + d)[1]
-            eye = torch.eye(d.shape[-1], dtype=d.dtype, device=d.device)
-            return LU(eye - weight.unsqueeze(-1) * jacobian)
+            inner = field.at(args)
+            jacobian = inner.linearise(t + h, predicted + d)[1]
+            return LU(inner.inertia(d) - weight.unsqueeze(-1) * jacobian)
 
         d = implicit(Problem(residual, lambda *_: (known, None), linearise), predicted, past, t, *field.args)
         return (_updated(history, d, order),), (order,), lambda: CONSTANT.to(h)[order].unsqueeze(-1) * d

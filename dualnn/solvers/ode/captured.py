@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualnn.engine.dual_tensor import DualTensor
+from dualnn.engine.dual_tensor import DualTensor, primal_of
 from dualnn.engine.errors import TangentLostError
 from dualnn.engine.parameters import Places
+
+
+def plain(x: Any) -> Any:
+    """The value of a tensor, without tangents or graph; anything else as it is."""
+    return primal_of(x).detach() if isinstance(x, Tensor) else x
 
 
 def lifted(fn: Callable[..., Tensor], args: Sequence[Any]) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:

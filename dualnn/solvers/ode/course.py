@@ -73,7 +73,6 @@ class Course(NamedTuple):
         )  # fmt: skip
 
 
-
 class Aim(NamedTuple):
     """The step about to be tried: ``h``, whether it ``lands`` on its ``target``, and what was ``planned`` before."""
 

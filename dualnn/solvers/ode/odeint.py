@@ -10,25 +10,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_interpreter_stack
 
-from dualnn.engine.dual_tensor import primal_of, top_level
-from dualnn.engine.errors import ConvergenceError, DualInputError, UnsupportedOpError, unknown_name
+from dualnn.engine.dual_tensor import top_level
+from dualnn.engine.errors import ConvergenceError, unknown_name
 from dualnn.engine.untraced import untraced
 from dualnn.solvers.factors import refuse_mixing
 from dualnn.solvers.ode.bdf import BDF
-from dualnn.solvers.ode.captured import lifted, refuse_captured
-from dualnn.solvers.ode.control import Tolerance
+from dualnn.solvers.ode.captured import lifted, plain, refuse_captured
+from dualnn.solvers.ode.checks import check_jacobian, check_problem, tolerance
 from dualnn.solvers.ode.dop853 import DOP853
 from dualnn.solvers.ode.dopri5 import DOPRI5
 from dualnn.solvers.ode.field import Counts, Field
 from dualnn.solvers.ode.follow import Forward, differentiated, sizes
 from dualnn.solvers.ode.loop import Follower, integrate
+from dualnn.solvers.ode.mass import check_mass, consistent
 from dualnn.solvers.ode.method import Method
 from dualnn.solvers.ode.options import Options
 from dualnn.solvers.ode.radau import Radau
 from dualnn.solvers.ode.reverse import Reverse
 from dualnn.solvers.ode.rodas5p import RODAS5P
+from dualnn.solvers.ode.runge_kutta import RungeKutta
 from dualnn.solvers.ode.stats import ON_FAILURE, OnFailure, failure
 
 METHODS: dict[str, Callable[[Options], Method]] = {
@@ -53,6 +54,8 @@ def odeint(
     options: dict[str, Any] | None = None,
     full_output: bool = False,
     *,
+    mass: Tensor | None = None,
+    jac: Callable[..., Tensor] | None = None,
     on_failure: OnFailure = "raise",
 ) -> Any:
     r"""Integrate ``y' = fn(t, y, *args)`` from ``y(t[0]) = y0``, differentiably in ``y0``, ``t`` and ``args``.
@@ -84,8 +87,14 @@ def odeint(
         rtol: Relative tolerance of a step's error, a number or one for each component.
         atol: Absolute tolerance, likewise.
         options: See `solvers.ode.options.Options`: ``first_step``, ``max_step``, ``step_size`` (fixed), ``max_steps``,
-            ``norm``, ``land``, ``newton_tol``, ``sensitivities`` (tangents take part in the error test), ``max_order``.
+            ``norm``, ``land``, ``newton_tol``, ``sensitivities`` (tangents take part in the error test), ``max_order``,
+            ``project`` (make ``y0`` consistent with the algebraic equations).
         full_output: Return ``(y, OdeStats)``.
+        mass: Mass matrix M of ``M y' = fn(t, y, *args)``, constant, ``(n, n)`` or ``(B, n, n)``, for the methods for
+            stiff problems. It may be singular: rows without y' are algebraic equations (of index 1), which ``y0`` must
+            satisfy. It may be differentiated.
+        jac: ``jac(t, y, *args) -> (*batch, n, n)``, the derivative of ``fn`` in y, for the values of implicit methods;
+            compared with the engine's once, at the start. Derivatives use the engine's. None: the engine's throughout.
         on_failure: For samples that cannot be integrated to the end: ``"raise"``, or give ``"nan"`` from there on.
 
     Returns:
@@ -98,7 +107,9 @@ def odeint(
         ConvergenceError: Samples that were given up: which, why, when, and what to do.
         StructureError: ``fn`` returns another shape or dtype, or mixes samples.
         TangentLostError: ``fn`` captured something that is being differentiated.
-        DualInputError: Times out of order, shapes or dtypes that disagree, tolerances that the dtype cannot meet.
+        DualInputError: Times out of order, shapes or dtypes that disagree, tolerances that the dtype cannot meet, a
+            ``y0`` that violates algebraic equations.
+        SingularMatrixError: ``M y' = fn`` of an index above 1.
 
     Reference:
         Hairer, Wanner, "Solving Ordinary Differential Equations II", 1996; sensitivities: Maly, Petzold, "Numerical
@@ -119,26 +130,34 @@ def odeint(
         raise unknown_name("method", method, METHODS)
     if on_failure not in ON_FAILURE:
         raise unknown_name("on_failure", on_failure, ON_FAILURE)
-    _check(y0, t, args)
+    check_problem(y0, t, args)
     chosen = Options.of(options)
-    fn, args = lifted(fn, args)
-    values = y0, t, *args
-    y, times, *plain = (primal_of(v).detach() if isinstance(v, Tensor) else v for v in values)
-    tol = _tolerance(rtol, atol, y, chosen)
-    refuse_captured(fn, times[0] + torch.zeros_like(y[..., 0]), y, plain)
     scheme = METHODS[method](chosen)
-    field = Field(fn, plain, Counts())
+    explicit = isinstance(scheme, RungeKutta)
+    given = len(args)
+    fn, args = lifted(fn, args)
+    tol = tolerance(rtol, atol, plain(y0), chosen)
+    refuse_captured(fn, times(plain(t)[0], plain(y0)), plain(y0), [plain(a) for a in args])
+    if mass is not None:
+        check_mass(mass, y0, method, explicit)
+        y0 = consistent(lambda t, y, *args: Field(fn, args)(t, y), t[0], y0, mass, args, tol, chosen.project)
+        args = (mass, *args)
+    values = y0, t, *args
+    y, at, *rest = (plain(v) for v in values)
+    field = Field(fn, rest, Counts(), mass is not None, own(jac, given))
     follower: Follower | None = None
     if differentiated(values):
-        whole = Field(fn, args)
+        whole = field.at(args)
         if top_level(values):
             follower = Forward(scheme, whole, y0, t, sizes(values).to(y) if chosen.sensitivities else None)
         else:
             follower = Reverse(scheme, whole, y0, t)
     with torch.no_grad():
         if y.dim() > 1 and len(y) > 1:
-            refuse_mixing(lambda y: field(times[0] + torch.zeros_like(y[..., 0]), y), y)
-        found, stats = integrate(scheme, field, y, times, tol, chosen, follower)
+            refuse_mixing(lambda y: field(times(at[0], y), y), y)
+        if jac is not None:
+            check_jacobian(field, times(at[0], y), y, method, explicit)
+        found, stats = integrate(scheme, field, y, at, tol, chosen, follower)
     if on_failure == "raise" and not bool(stats.done.all()):
         raise ConvergenceError(failure(stats, method))
     if follower is not None:
@@ -146,52 +165,13 @@ def odeint(
     return (found, stats) if full_output else found
 
 
-def _check(y0: Any, t: Any, args: Any) -> None:
-    if get_interpreter_stack():
-        raise UnsupportedOpError(
-            "odeint inside a torch.func transform: use dualnn.jvp for forward derivatives, backward() or "
-            "torch.autograd.grad for reverse ones, and a batch (B, n) for vmap"
-        )
-    for name, x in (("y0", y0), ("t", t)):
-        if not isinstance(x, Tensor):
-            raise DualInputError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dtype not in (torch.float32, torch.float64):
-            raise DualInputError(f"{name} must be float32 or float64, got {x.dtype}: convert it")
-        if not bool(torch.isfinite(primal_of(x)).all()):
-            raise DualInputError(f"{name} holds values that are nan or infinite")
-    if y0.dim() not in (1, 2) or y0.numel() == 0:
-        raise DualInputError(f"y0 must be (n,) for one system or (B, n) for B of them: got {tuple(y0.shape)}")
-    if t.dtype != y0.dtype or t.device != y0.device:
-        raise DualInputError(f"t is {t.dtype} on {t.device}, y0 is {y0.dtype} on {y0.device}: write t.to(y0)")
-    if t.dim() != 1 or t.numel() == 0:
-        raise DualInputError(f"t must be (T,), the start and the times asked for, got {tuple(t.shape)}")
-    gaps = primal_of(t).detach().diff()
-    if len(gaps) and not (bool((gaps > 0).all()) or bool((gaps < 0).all())):
-        bad = int(torch.nonzero(gaps * gaps[0] <= 0)[0])
-        raise DualInputError(
-            f"t must increase or decrease without repetition: t[{bad}] = {float(primal_of(t)[bad]):.9g} is followed by "
-            f"{float(primal_of(t)[bad + 1]):.9g}. Sort it, and drop what is repeated."
-        )
-    if not isinstance(args, (tuple, list)):
-        raise DualInputError(f"args must be a tuple of further arguments, got {type(args).__name__}: write args=(a,)")
+def times(t: Tensor, y: Tensor) -> Tensor:
+    """A time for every sample."""
+    return t.expand(y.shape[:-1])
 
 
-def _tolerance(rtol: float | Tensor, atol: float | Tensor, y: Tensor, options: Options) -> Tolerance:
-    parts = []
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        x = torch.as_tensor(value, dtype=y.dtype, device=y.device)
-        if x.dim() and x.shape != y.shape[-1:]:
-            raise DualInputError(f"{name} must be a number or ({y.shape[-1]},), one a component: got {tuple(x.shape)}")
-        if not bool((x > 0).all()):
-            raise DualInputError(
-                f"{name} must be > 0, got {float(x.min()):.3g}"
-                + (": a component that passes through 0 has no relative accuracy" if name == "atol" else "")
-            )
-        parts.append(x)
-    least = 10 * torch.finfo(y.dtype).eps
-    if float(parts[0].min()) < least:
-        raise DualInputError(
-            f"rtol = {float(parts[0].min()):.3g} is below what {y.dtype} can give, {least:.2g}: raise it"
-            + (", or use float64" if y.dtype == torch.float32 else "")
-        )
-    return Tolerance(parts[0], parts[1], options.norm)
+def own(fn: Callable[..., Any] | None, given: int) -> Callable[..., Any] | None:
+    """A further function of the user's: it gets the arguments as they were given, the last ones of all."""
+    if fn is None:
+        return None
+    return lambda t, y, *args: fn(t, y, *args[len(args) - given :])

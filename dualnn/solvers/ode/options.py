@@ -28,6 +28,8 @@ class Options:
         newton_tol: When Newton's method has converged, as a fraction of the error test's tolerance.
         sensitivities: Tangents take part in the error test.
         max_order: Of bdf.
+        project: With a singular mass matrix, change ``y0`` until the algebraic equations hold, as far as ``M y0``
+            leaves it open; derivatives follow. Otherwise an inconsistent ``y0`` is refused.
     """
 
     first_step: float | None = None
@@ -39,6 +41,7 @@ class Options:
     newton_tol: float | None = None
     sensitivities: bool = False
     max_order: int = 5
+    project: bool = False
 
     def __post_init__(self) -> None:
         for name in ("first_step", "max_step", "newton_tol"):

@@ -101,17 +101,17 @@ class Radau:
         (y,) = state.carry
         f, jacobian, last, last_h, rejected = state.memory
         wide = h[..., None, None]
-        eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
-        real = field.factorise(REAL / wide * eye - jacobian)
-        pair = field.factorise(complex(VALUES[1]) / wide * eye - jacobian)
+        inertia = field.inertia(y)
+        real = field.factorise(REAL / wide * inertia - jacobian)
+        pair = field.factorise(complex(VALUES[1]) / wide * inertia - jacobian)
         c, a_inverse, weights = C.to(h), A_INVERSE.to(h), E.to(h)
         vectors, inverse, values = (x.to(torch.complex(h, h).dtype).to(h.device) for x in (VECTORS, INVERSE, VALUES))
         scale = tol.scale(y)
 
         def step(z: Tensor) -> tuple[Tensor, Tensor]:
             slopes = self._slopes(field, t, y, z, h, c)
-            # In the eigenvectors' coordinates: (lambda / h - J) dw = V^-1 F - lambda / h w.
-            moved = inverse @ (slopes.to(inverse.dtype) - (a_inverse @ z / wide).to(inverse.dtype))
+            # In the eigenvectors' coordinates: (lambda / h M - J) dw = V^-1 F - lambda / h M w.
+            moved = inverse @ (slopes.to(inverse.dtype) - field.weigh_stages(a_inverse @ z / wide).to(inverse.dtype))
             first = real.solve(moved[..., 0, :].real)
             second = pair.solve(moved[..., 1, :])
             both = torch.stack([first.to(second.dtype), 2 * second], -2)
@@ -121,7 +121,7 @@ class Radau:
         found = newton(step, guess, scale.unsqueeze(-2), active, limits, tol, MAX_ITERATIONS)
         z = found.x
         end = y + z[..., 2, :]
-        shifted = (weights @ z) / wide[..., 0]
+        shifted = field.weigh(weights @ z) / wide[..., 0]
         error = real.solve(f + shifted)
         full = tol.scale(y, end)
         norm = tol.measure(error, full)
@@ -173,21 +173,22 @@ class Radau:
             now, dt = apart(t, quick.level, quick.num) if isinstance(t, DualTensor) else (t, None)
             pairs = [quick.linearise(now + c[i] * h, start + known[..., i, :], dt, dy) for i in range(3)]
             forced = h[..., None, None] * (a @ torch.stack([g for _, g in pairs], -2))
-            moved = LU(stage_matrix(a, [j for j, _ in pairs], h)).solve(forced.flatten(-2)).unflatten(-1, (3, n))
+            matrix = stage_matrix(a, [j for j, _ in pairs], h, quick.field.mass)
+            moved = LU(matrix).solve(forced.flatten(-2)).unflatten(-1, (3, n))
             z = make(known, Dense(moved), quick.level)
             end = make(start + known[..., 2, :], Dense(dy + moved[..., 2, :]), quick.level)
             return (end,), (z,), lambda: self._estimate(field, t, y, z, h)
 
         def residual(flat: Tensor, y: Tensor, t: Tensor, *args: Any) -> Tensor:
             z = flat.unflatten(-1, (3, n))
-            inner = Field(field.fn, args)
-            return (z - h[..., None, None] * (a @ self._slopes(inner, t, y, z, h, c))).flatten(-2)
+            inner = field.at(args)
+            return (inner.weigh_stages(z) - h[..., None, None] * (a @ self._slopes(inner, t, y, z, h, c))).flatten(-2)
 
         def linearise(flat: Tensor, y: Tensor, t: Tensor, *args: Any) -> LU:
             z = flat.unflatten(-1, (3, n))
-            inner = Field(field.fn, args)
+            inner = field.at(args)
             jacobians = [inner.linearise(t + c[i] * h, y + z[..., i, :])[1] for i in range(3)]
-            return LU(stage_matrix(a, jacobians, h))
+            return LU(stage_matrix(a, jacobians, h, inner.mass))
 
         problem = Problem(residual, lambda *_: (known.flatten(-2), None), linearise)
         z = implicit(problem, y, t, *field.args).unflatten(-1, (3, n))
@@ -204,11 +205,10 @@ class Radau:
     def _estimate(field: Field, t: Tensor, y: Tensor, z: Tensor, h: Tensor) -> Tensor:
         """With constant factors: their own motion changes the estimate by a factor near 1."""
         now, start = primal_of(t).detach(), primal_of(y).detach()
-        plain = Field(field.fn, [primal_of(x).detach() if isinstance(x, Tensor) else x for x in field.args])
+        plain = field.at([primal_of(x).detach() if isinstance(x, Tensor) else x for x in field.args])
         jacobian = plain.linearise(now, start)[1]
-        eye = torch.eye(start.shape[-1], dtype=h.dtype, device=h.device)
-        defect = field(t, y) + E.to(h) @ z / h.unsqueeze(-1)
-        return _solved(LU(REAL / h[..., None, None] * eye - jacobian), defect)
+        defect = field(t, y) + field.weigh(E.to(h) @ z) / h.unsqueeze(-1)
+        return _solved(LU(REAL / h[..., None, None] * plain.inertia(start) - jacobian), defect)
 
     @staticmethod
     def _slopes(field: Field, t: Tensor, y: Tensor, z: Tensor, h: Tensor, c: Tensor) -> Tensor:
@@ -235,11 +235,12 @@ def _polynomial(z: Tensor, theta: Tensor) -> Tensor:
     return (weights.unsqueeze(-2) @ z).squeeze(-2)
 
 
-def stage_matrix(a: Tensor, jacobians: list[Tensor], h: Tensor) -> Tensor:
-    r""":math:`I - h (a_{ij} J_j)_{ij}`: ``(*batch, 3n, 3n)``."""
+def stage_matrix(a: Tensor, jacobians: list[Tensor], h: Tensor, mass: Tensor | None = None) -> Tensor:
+    r""":math:`I_3 \otimes M - h (a_{ij} J_j)_{ij}`: ``(*batch, 3n, 3n)``."""
     n = jacobians[0].shape[-1]
     stacked = torch.stack(jacobians, -3)  # (*batch, j, n, n)
     # (*batch, i, n, j, n)
     blocks = a[:, None, :, None] * stacked.movedim(-3, -2).unsqueeze(-4)
     whole = blocks.reshape(*jacobians[0].shape[:-2], 3 * n, 3 * n)
-    return torch.eye(3 * n, dtype=whole.dtype, device=whole.device) - h[..., None, None] * whole
+    eye = torch.eye(3 * n if mass is None else 3, dtype=whole.dtype, device=whole.device)
+    return (eye if mass is None else torch.kron(eye, mass)) - h[..., None, None] * whole

@@ -77,7 +77,7 @@ class _Segment:
     """Some steps, packed: thousands of small tensors cost more than their numbers."""
 
     def __init__(self, method: Method, field: Field, steps: Sequence[Step], width: int, moves: bool) -> None:
-        self.method, self.fn, self.width, self.moves = method, field.fn, width, moves
+        self.method, self.field, self.width, self.moves = method, field.at(()), width, moves
         self._outputs = [step.outputs for step in steps]
         self._packed = [torch.stack(x) for x in zip(*((s.t, s.h, s.good, *s.frozen) for s in steps), strict=True)]
         self.values: tuple[Tensor, ...] | None = (*steps[-1].carry, *(o.value for s in steps for o in s.outputs))
@@ -90,7 +90,7 @@ class _Segment:
         """The steps again, differentiably: the carry at their end, and the outputs' values."""
         carry, rest = inputs[: self.width], inputs[self.width :]
         move, args = (rest[0], rest[1:]) if self.moves else (None, rest)
-        field = Field(self.fn, args)
+        field = self.field.at(args)
         values: list[Tensor] = []
         for (t, h, good, *frozen), outputs in zip(zip(*self._packed, strict=True), self._outputs, strict=True):
             new, stages, _ = self.method.follow(field, shifted(t, move), carry, h, tuple(frozen))

@@ -1,10 +1,10 @@
 r"""Rosenbrock methods: linearly implicit Runge-Kutta, one matrix and no iteration a step.
 
-With :math:`W = I / (\gamma h) - f_y(t_n, y_n)`,
+With :math:`W = M / (\gamma h) - f_y(t_n, y_n)` (M: the mass matrix, or I),
 
 .. math::
 
-   W u_i = f\Bigl(t_n + c_i h,\; y_n + \sum_{j<i} a_{ij} u_j\Bigr) + \frac1h \sum_{j<i} C_{ij} u_j + h d_i f_t,
+   W u_i = f\Bigl(t_n + c_i h,\; y_n + \sum_{j<i} a_{ij} u_j\Bigr) + \frac1h M \sum_{j<i} C_{ij} u_j + h d_i f_t,
    \qquad y_{n+1} = y_n + \sum_j m_j u_j.
 
 The derivative of a step holds that of the matrix, :math:`\dot f_y u_i` (mixed second derivatives of f): W is formed on
@@ -86,7 +86,7 @@ class Rosenbrock:
         """The stages with known factors."""
         (y,) = state.carry
         f, jacobian, slope = state.memory
-        factors = field.factorise(self._matrix(jacobian, h))
+        factors = field.factorise(self._matrix(field, jacobian, h))
         end, u = self._stages(field, t, y, h, f, slope, factors.solve)
         error = u[..., -1]
         norm = tol.measure(error, tol.scale(y, end))
@@ -122,7 +122,7 @@ class Rosenbrock:
         """The same formulas, with a matrix that moves."""
         (y,) = carry
         f, jacobian, slope = field.linearise(t, y)
-        matrix = self._matrix(jacobian, h)
+        matrix = self._matrix(field, jacobian, h)
         factors = LU(primal_of(matrix).detach())
         known = iter(frozen[0].unbind(-1))
 
@@ -146,9 +146,8 @@ class Rosenbrock:
             total = total * theta + term
         return old[0] + theta * (new[0] - old[0] + (1 - theta) * total)
 
-    def _matrix(self, jacobian: Tensor, h: Tensor) -> Tensor:
-        eye = torch.eye(jacobian.shape[-1], dtype=jacobian.dtype, device=jacobian.device)
-        return eye / (self.gamma * h)[..., None, None] - jacobian
+    def _matrix(self, field: Field, jacobian: Tensor, h: Tensor) -> Tensor:
+        return field.inertia(jacobian) / (self.gamma * h)[..., None, None] - jacobian
 
     def _stages(
         self, field: Field, t: Tensor, y: Tensor, h: Tensor, f: Tensor, slope: Tensor, solve: Any
@@ -159,7 +158,7 @@ class Rosenbrock:
         for row, c, d in zip(self.rows, self.c, self.d[1:], strict=True):
             both = torch.stack(found, -1) @ row.to(h)
             at = y + both[..., 0]
-            rhs = field(t + c * h, at) + both[..., 1] / wide
+            rhs = field(t + c * h, at) + field.weigh(both[..., 1]) / wide
             found.append(solve(rhs + (d * wide) * slope if d else rhs))
         return at + found[-1], torch.stack(found, -1)
 
