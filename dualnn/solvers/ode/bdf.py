@@ -97,7 +97,7 @@ class BDF:
         """Order 1 knows the slope."""
         f, jacobian, _ = field.linearise(t, y)
         order = torch.ones(h.shape, dtype=torch.int64, device=h.device)
-        history = _history(y, field.slope(f), h)
+        history = _history(y, field.slope(t, y, f), h)
         current = torch.isfinite(jacobian).flatten(-2).all(-1)
         return State((history,), (h, order, torch.zeros_like(order), jacobian, current))
 
@@ -187,7 +187,7 @@ class BDF:
 
     def carry(self, field: Field, t: Tensor, y: Tensor, h: Tensor) -> Carry:
         """The history at the start: a straight line."""
-        return (_history(y, field.slope(field(t, y)), h),)
+        return (_history(y, field.slope(t, y), h),)
 
     def follow(
         self, field: Field, t: Tensor, carry: Carry, h: Tensor, frozen: tuple[Tensor, ...]

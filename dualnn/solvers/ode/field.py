@@ -12,7 +12,7 @@ from dualnn.engine.errors import StructureError
 from dualnn.engine.tangents import Dense
 from dualnn.engine.transforms import dense_of, push
 from dualnn.solvers.factors import LU, same_shape
-from dualnn.solvers.ode.mass import unweighed
+from dualnn.solvers.ode.mass import slope
 
 
 class Counts:
@@ -77,10 +77,11 @@ class Field:
         mass = self.mass
         return z if mass is None else z @ mass.mT
 
-    def slope(self, f: Tensor) -> Tensor:
-        """The derivative of y in time from the right-hand side; zero of components that no equation differentiates."""
-        mass = self.mass
-        return f if mass is None else unweighed(mass, f)
+    def slope(self, t: Tensor, y: Tensor, f: Tensor | None = None) -> Tensor:
+        """The derivative of y in time; ``f``: the right-hand side, if it is known."""
+        if self.mass is not None:
+            return slope(self.mass, *self.linearise(t, y))
+        return self(t, y) if f is None else f
 
     def _of(self, t: Tensor, y: Tensor) -> Tensor:
         return self.fn(t.unsqueeze(-1) if y.dim() > 1 else t, y, *self.args[self.weighted :])

@@ -131,9 +131,8 @@ def _first(
         return (plan.sign * plan.lengths[0]).expand_as(now)
     if options.first_step is not None:
         return (plan.sign * span.abs().clamp_max(options.first_step)).expand_as(now)
-    h = first_step(
-        lambda t, y: field.slope(field(t, y)), now, y, field.slope(f), span.expand_as(now), method.error_order, tol
-    )
+    slope = field.slope(now, y, f)
+    h = first_step(field.slope, now, y, slope, span.expand_as(now), method.error_order, tol)
     return torch.where(torch.isfinite(h) & (h != 0), h, plan.sign * 1e-6)
 
 

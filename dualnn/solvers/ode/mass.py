@@ -33,36 +33,29 @@ class Null(NamedTuple):
         left: All left singular vectors, as columns.
         right: All right ones.
         zero: Which singular values are zero, ``(*batch, n)``.
-        inverse: The pseudo-inverse.
     """
 
     left: Tensor
     right: Tensor
     zero: Tensor
-    inverse: Tensor
 
 
 def null(mass: Tensor) -> Null:
     """Of plain matrices."""
     u, s, vh = torch.linalg.svd(mass)
     zero = s <= s.amax(-1, keepdim=True) * s.shape[-1] * torch.finfo(s.dtype).eps
-    inverse = torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, s))
-    return Null(u, vh.mT, zero, vh.mT @ (inverse.unsqueeze(-1) * u.mT))
+    return Null(u, vh.mT, zero)
 
 
-def unweighed(mass: Tensor, f: Tensor) -> Tensor:
-    r"""The smallest :math:`y'` with :math:`M y' = f`, for consistent f.
+def slope(mass: Tensor, f: Tensor, f_y: Tensor, f_t: Tensor) -> Tensor:
+    r""":math:`y'` at a consistent point, from :math:`M y' = f` and :math:`U^T (f_y y' + f_t) = 0`.
 
-    Differentiated in M, it moves as :math:`M^+ (\dot f - \dot M y')`: exact where M is regular; elsewhere M's rank does
-    not change, and what lies in its null space is in no equation.
+    Differentiated in M, it takes U as constant: in what U's motion changes, M does not see it.
     """
-    value = plain(mass)
-    inverse = null(value).inverse
-    found = (f.unsqueeze(-2) @ inverse.mT).squeeze(-2)
-    if not isinstance(mass, DualTensor) and not (torch.is_grad_enabled() and mass.requires_grad):
-        return found
-    eye = torch.eye(mass.shape[-1], dtype=value.dtype, device=value.device)
-    return LU((eye + inverse @ (mass - value)).expand(*f.shape, f.shape[-1])).solve(found)
+    found = null(plain(mass))
+    lost = torch.where(found.zero.unsqueeze(-2), found.left, 0.0) @ found.left.mT
+    rhs = f - ((f + f_t).unsqueeze(-2) @ lost).squeeze(-2)
+    return LU(mass + lost @ f_y).solve(rhs)
 
 
 def check_mass(mass: Any, y0: Tensor, method: str, explicit: bool) -> None:
@@ -97,12 +90,13 @@ def consistent(
         mass: The mass matrix.
         args: Further arguments.
         tol: How near is consistent.
-        project: Change what :math:`M y_0` leaves open, differentiably; else raise.
+        project: Change what :math:`M y_0` leaves open by any amount; else raise where it is more than the tolerance.
     """
     found = null(plain(mass))
     if not bool(found.zero.any()):
         return y0
-    if project and (isinstance(mass, DualTensor) or mass.requires_grad):
+    moves = isinstance(mass, DualTensor) or (torch.is_grad_enabled() and mass.requires_grad)
+    if project and moves:
         raise UnsupportedOpError(
             "options['project'] with a singular mass matrix that is differentiated itself: the space in which y0 is "
             "projected would move. Project first (one call with mass.detach()), or detach mass."
@@ -129,9 +123,7 @@ def consistent(
         away = -LU(matrix).solve(defect)
         off = moved(away, torch.zeros_like(start))
         norm = tol.measure(off, tol.scale(start))
-    if project:
-        return moved(root(residual, torch.zeros_like(start), (y0, t0, *args)), y0)
-    if bool((norm > 1).any()):
+    if bool((norm > 1).any()) and not project:
         worst = int(norm.argmax())
         raise DualInputError(
             f"y0 is inconsistent for {those(_where(norm > 1), norm.numel())}: the algebraic equations of M y' = f "
@@ -139,7 +131,8 @@ def consistent(
             f"{float(off.abs().amax(-1).reshape(-1)[worst]):.3g} from y0, {float(norm.max()):.3g} times the "
             "tolerance. Mend y0, or pass options={'project': True}."
         )
-    return y0
+    # Also from a consistent start: its derivative has to be consistent as well.
+    return y0 if moves else moved(root(residual, torch.zeros_like(start), (y0, t0, *args)), y0)
 
 
 def _where(mask: Tensor) -> list[int]:

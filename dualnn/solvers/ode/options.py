@@ -28,8 +28,8 @@ class Options:
         newton_tol: When Newton's method has converged, as a fraction of the error test's tolerance.
         sensitivities: Tangents take part in the error test.
         max_order: Of bdf.
-        project: With a singular mass matrix, change ``y0`` until the algebraic equations hold, as far as ``M y0``
-            leaves it open; derivatives follow. Otherwise an inconsistent ``y0`` is refused.
+        project: With a singular mass matrix, make any ``y0`` consistent with the algebraic equations, as far as
+            ``M y0`` leaves it open. Otherwise one that is more than the tolerance away is refused.
     """
 
     first_step: float | None = None
