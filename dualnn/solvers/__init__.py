@@ -17,11 +17,13 @@ from dualnn.solvers.linear import (
     svd,
 )
 from dualnn.solvers.minimize import minimize
-from dualnn.solvers.ode import odeint
+from dualnn.solvers.ode import Event, Occurrences, odeint
 from dualnn.solvers.root import root
 from dualnn.solvers.stats import Stats
 
 __all__ = [
+    "Event",
+    "Occurrences",
     "Stats",
     "cholesky",
     "cholesky_solve",

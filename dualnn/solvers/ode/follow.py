@@ -10,7 +10,7 @@ whole grid, and a requested time moves along the interpolant.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dualnn.engine.dual_tensor import DualTensor, primal_of, top_level
 from dualnn.solvers.ode.control import Tolerance
+from dualnn.solvers.ode.events import Crossing, crossed
 from dualnn.solvers.ode.field import Field
 from dualnn.solvers.ode.loop import Step
 from dualnn.solvers.ode.method import Carry, Method, held
@@ -53,10 +54,20 @@ class Forward:
         y: The start, likewise.
         t: The requested times, likewise.
         size: Tangents take part in the error test: the size of each direction, ``(K,)``, relative to what it moves.
+        events: Functions of the events, with the right-hand side's arguments.
     """
 
-    def __init__(self, method: Method, field: Field, y: Tensor, t: Tensor, size: Tensor | None = None) -> None:
-        self.method, self.field, self.size = method, field, size
+    def __init__(
+        self,
+        method: Method,
+        field: Field,
+        y: Tensor,
+        t: Tensor,
+        size: Tensor | None = None,
+        events: Sequence[Callable[..., Tensor]] = (),
+    ) -> None:
+        self.method, self.field, self.size, self.events = method, field, size, events
+        self.crossings: list[Crossing] = []
         self.recorded = torch.is_grad_enabled()  # the loop around the steps runs under no_grad
         self.move = moving(t)
         empty = torch.full_like(primal_of(y).detach(), torch.nan)
@@ -90,6 +101,11 @@ class Forward:
             for output in step.outputs:
                 value = interpolated(self.method, self.carry, carry, stages, step.h, output, self.move)
                 self.rows[output.row] = torch.where(output.samples.unsqueeze(-1), value, self.rows[output.row])
+            start = shifted(step.t, self.move)
+            for c in step.crossings:
+                fn = self.events[c.event]
+                t, y = crossed(fn, self.method, self.field.args, start, self.carry, carry, stages, step.h, c)
+                self.crossings.append(c._replace(t=t, y=y))
             self.carry = held(step.good, carry, self.carry)
 
     def finish(self) -> Tensor:

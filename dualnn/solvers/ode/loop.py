@@ -6,6 +6,7 @@ size and stages, as constants.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dualnn.solvers.ode.control import Tolerance, first_step
 from dualnn.solvers.ode.course import Plan, aim, begun, judged, reached
+from dualnn.solvers.ode.events import Crossing, Watch
 from dualnn.solvers.ode.field import Field
 from dualnn.solvers.ode.method import Method, Trial, held
 from dualnn.solvers.ode.newton import Limits
@@ -23,7 +25,10 @@ from dualnn.solvers.ode.stats import OdeStats, Status
 
 
 class Step(NamedTuple):
-    """An accepted step: ``good`` samples moved from ``t`` by ``h`` to ``carry``; the others' entries are harmless."""
+    """An accepted step: ``good`` samples moved from ``t`` by ``h`` to ``carry``; the others' entries are harmless.
+
+    Samples that end at an event within it are not among the good ones: they stay where it began.
+    """
 
     t: Tensor
     h: Tensor
@@ -31,10 +36,13 @@ class Step(NamedTuple):
     frozen: tuple[Tensor, ...]
     carry: tuple[Tensor, ...]
     outputs: tuple[Output, ...]
+    crossings: tuple[Crossing, ...] = ()
 
 
 class Follower(Protocol):
     """Who differentiates the steps."""
+
+    crossings: list[Crossing]  # the events that were met, differentiably
 
     def start(self, t: Tensor, h: Tensor) -> None:
         """Times and first steps, ``batch``."""
@@ -57,14 +65,16 @@ def integrate(
     tol: Tolerance,
     options: Options,
     follower: Follower | None,
-) -> tuple[Tensor, OdeStats]:
+    watch: Callable[[Tensor, Tensor, bool], Watch] | None = None,
+) -> tuple[Tensor, OdeStats, list[Crossing]]:
     """Values at the requested times, on plain tensors.
 
     Shape:
         ``y: (*batch, n), t: (T,) -> (T, *batch, n)``.
 
     Returns:
-        The values (nan after the end of samples that were given up), and the course.
+        The values (nan after the end of samples that were given up, or that met a terminal event), the course, and
+        the events that were met.
     """
     tol = method.tolerance(tol)
     plan = planned(t, options)
@@ -82,8 +92,14 @@ def integrate(
     limits = _limits(tol, options, torch.finfo(y.dtype).eps)
     fixed = plan.lengths is not None
 
+    watching = watch(now, y, method.land and not fixed) if watch else None
+
     while True:
-        tried = aim(course, plan, found.wanted if land else plan.end)
+        target = found.wanted if land else plan.end
+        if watching is not None:
+            sooner = plan.sign * (watching.target - target) < 0  # not so where it is nan
+            target = torch.where(sooner, watching.target, target)
+        tried = aim(course, plan, target)
         active, h, now = tried.active, tried.h, course.now
         if not bool(active.any()):
             break
@@ -98,15 +114,25 @@ def integrate(
             if size is not None:
                 norm = torch.where(passed, torch.maximum(norm, size), norm)
                 passed = passed & (size <= 1)
-        after = torch.where(passed, reached(course, tried), now)
+        after = reached(course, tried)
+        seen = None
+        if watching is not None and bool(passed.any()):
+            seen = watching.look(method, state.carry, trial, now, h, after, passed)
+            passed = passed & ~seen.again
+        after, moves = torch.where(passed, after, now), passed
+        if seen is not None:
+            after, moves = seen.shortened(after, plan.sign), passed & seen.stop.isnan()
         dense = partial(method.dense, state.carry, trial.state.carry, trial.stages, h)
         outputs = found.take(now, after, h, passed, ends, dense)
-        merged = held(passed, trial.state, state)
+        merged = held(moves, trial.state, state)
         if follower is not None and bool(passed.any()):
-            follower.take(Step(now, h, passed, _frozen(passed, trial), merged.carry, outputs))
-        state, factor = method.adapt(field, after, trial, merged, norm, course.last, passed, tol, fixed)
+            crossings = () if seen is None else seen.crossings
+            follower.take(Step(now, h, moves, _frozen(passed, trial), merged.carry, outputs, crossings))
+        state, factor = method.adapt(field, after, trial, merged, norm, course.last, moves, tol, fixed)
         course = judged(course, tried, trial, finite, passed, norm, found.complete, factor, plan)
-    return found.rows, course.stats(field.counts)
+        if seen is not None:
+            course = seen.ended(course, tried)
+    return found.rows, course.stats(field.counts), [] if watching is None else watching.crossings
 
 
 def planned(t: Tensor, options: Options) -> Plan:

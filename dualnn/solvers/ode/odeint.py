@@ -6,6 +6,7 @@ r"""Initial value problems, stiff or not, with error-controlled values and exact
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from dualnn.solvers.ode.captured import lifted, plain, refuse_captured
 from dualnn.solvers.ode.checks import check_jacobian, check_problem, tolerance
 from dualnn.solvers.ode.dop853 import DOP853
 from dualnn.solvers.ode.dopri5 import DOPRI5
+from dualnn.solvers.ode.events import Event, Watch, events_of, gathered, missing
 from dualnn.solvers.ode.field import Counts, Field
 from dualnn.solvers.ode.follow import Forward, differentiated, sizes
 from dualnn.solvers.ode.loop import Follower, integrate
@@ -56,6 +58,7 @@ def odeint(
     *,
     mass: Tensor | None = None,
     jac: Callable[..., Tensor] | None = None,
+    events: Callable[..., Tensor] | Event | Sequence[Callable[..., Tensor] | Event] | None = None,
     on_failure: OnFailure = "raise",
 ) -> Any:
     r"""Integrate ``y' = fn(t, y, *args)`` from ``y(t[0]) = y0``, differentiably in ``y0``, ``t`` and ``args``.
@@ -95,10 +98,15 @@ def odeint(
             satisfy. It may be differentiated.
         jac: ``jac(t, y, *args) -> (*batch, n, n)``, the derivative of ``fn`` in y, for the values of implicit methods;
             compared with the engine's once, at the start. Derivatives use the engine's. None: the engine's throughout.
+        events: One function ``event(t, y, *args) -> (*batch,)`` whose zeros are wanted, or several; each may be an
+            `Event` (terminal, direction, required), or have scipy's attributes ``terminal`` and ``direction``. A zero
+            is seen where the function has changed sign over a step (``max_step`` finds shorter excursions), not at the
+            start. After a terminal event a sample's results are nan.
         on_failure: For samples that cannot be integrated to the end: ``"raise"``, or give ``"nan"`` from there on.
 
     Returns:
-        The solution at all times; with ``full_output``, and its `OdeStats`.
+        The solution at all times; with ``events``, then their `Occurrences` (a tuple of them if ``events`` is a
+        sequence), differentiable as the solution; with ``full_output``, then its `OdeStats`.
 
     Shape:
         ``y0: (*batch, n), t: (T,) -> (T, *batch, n)``.
@@ -109,7 +117,7 @@ def odeint(
         TangentLostError: ``fn`` captured something that is being differentiated.
         DualInputError: Times out of order, shapes or dtypes that disagree, tolerances that the dtype cannot meet, a
             ``y0`` that violates algebraic equations.
-        SingularMatrixError: ``M y' = fn`` of an index above 1.
+        SingularMatrixError: ``M y' = fn`` of an index above 1; the derivative of an event whose function touches zero.
 
     Reference:
         Hairer, Wanner, "Solving Ordinary Differential Equations II", 1996; sensitivities: Maly, Petzold, "Numerical
@@ -125,6 +133,17 @@ def odeint(
         >>> y, dy = dn.jvp(end, (rate,), (torch.ones_like(rate),))
         >>> round(float(y), 6), round(float(dy), 6)  # exp(-2), -exp(-2)
         (0.135335, -0.135335)
+
+        When is a quarter left, and how does that depend on the rate? At ln(4) / rate.
+
+        >>> def left(t, y, rate):
+        ...     return y[..., 0] - 0.25
+        >>> rate.requires_grad_()
+        tensor([2.], dtype=torch.float64, requires_grad=True)
+        >>> _, found = odeint(decay, torch.ones(1).double(), t, (rate,), "dop853", events=Event(left, terminal=True))
+        >>> found.t.sum().backward()
+        >>> round(float(found.t[0]), 6), round(float(rate.grad), 6)
+        (0.693147, -0.346574)
     """
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
@@ -144,25 +163,39 @@ def odeint(
         args = (mass, *args)
     values = y0, t, *args
     y, at, *rest = (plain(v) for v in values)
-    field = Field(fn, rest, Counts(), mass is not None, own(jac, given))
+    field = Field(fn, rest, Counts(), mass is not None, None if jac is None else own(jac, given))
+    watched, alone = events_of(events)
+    asked = [own(placed(event.fn), given) for event in watched]
     follower: Follower | None = None
     if differentiated(values):
         whole = field.at(args)
         if top_level(values):
-            follower = Forward(scheme, whole, y0, t, sizes(values).to(y) if chosen.sensitivities else None)
+            size = sizes(values).to(y) if chosen.sensitivities else None
+            follower = Forward(scheme, whole, y0, t, size, asked)
         else:
-            follower = Reverse(scheme, whole, y0, t)
+            follower = Reverse(scheme, whole, y0, t, asked)
+    for event in watched:
+        refuse_captured(event.fn, times(at[0], y), y, rest[len(rest) - given :])
     with torch.no_grad():
         if y.dim() > 1 and len(y) > 1:
             refuse_mixing(lambda y: field(times(at[0], y), y), y)
         if jac is not None:
             check_jacobian(field, times(at[0], y), y, method, explicit)
-        found, stats = integrate(scheme, field, y, at, tol, chosen, follower)
+        watch = partial(Watch, watched, [lambda t, y, g=g: g(t, y, *rest) for g in asked]) if watched else None
+        found, stats, crossings = integrate(scheme, field, y, at, tol, chosen, follower, watch)
     if on_failure == "raise" and not bool(stats.done.all()):
         raise ConvergenceError(failure(stats, method))
     if follower is not None:
-        found = follower.finish()
-    return (found, stats) if full_output else found
+        found, crossings = follower.finish(), follower.crossings
+    results: list[Any] = [found]
+    if events is not None:
+        occurrences = gathered(watched, crossings, y)
+        if on_failure == "raise":
+            missing(watched, occurrences)
+        results.append(occurrences[0] if alone else tuple(occurrences))
+    if full_output:
+        results.append(stats)
+    return tuple(results) if len(results) > 1 else found
 
 
 def times(t: Tensor, y: Tensor) -> Tensor:
@@ -170,8 +203,11 @@ def times(t: Tensor, y: Tensor) -> Tensor:
     return t.expand(y.shape[:-1])
 
 
-def own(fn: Callable[..., Any] | None, given: int) -> Callable[..., Any] | None:
+def own(fn: Callable[..., Any], given: int) -> Callable[..., Any]:
     """A further function of the user's: it gets the arguments as they were given, the last ones of all."""
-    if fn is None:
-        return None
     return lambda t, y, *args: fn(t, y, *args[len(args) - given :])
+
+
+def placed(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """For times of the batch's shape."""
+    return lambda t, y, *args: fn(t.unsqueeze(-1) if y.dim() > 1 else t, y, *args)

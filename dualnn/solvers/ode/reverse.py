@@ -7,7 +7,7 @@ a step, and gradients are those of the discrete solution to rounding. Differenti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from torch import Tensor
 from dualnn.engine.bridge import save, saved
 from dualnn.engine.dual_tensor import primal_of
 from dualnn.solvers.ode.control import Tolerance
+from dualnn.solvers.ode.events import Crossing, crossed
 from dualnn.solvers.ode.field import Field
 from dualnn.solvers.ode.follow import interpolated, moving, shifted
 from dualnn.solvers.ode.loop import Step
 from dualnn.solvers.ode.method import Carry, Method, held
-from dualnn.solvers.ode.outputs import Output
 
 SEGMENT = 32
 
@@ -33,10 +33,14 @@ class Reverse:
         field: The right-hand side with its arguments as they were given.
         y: The start, likewise.
         t: The requested times, likewise.
+        events: Functions of the events, with the right-hand side's arguments.
     """
 
-    def __init__(self, method: Method, field: Field, y: Tensor, t: Tensor) -> None:
-        self.method, self.field, self.move = method, field, moving(t)
+    def __init__(
+        self, method: Method, field: Field, y: Tensor, t: Tensor, events: Sequence[Callable[..., Tensor]] = ()
+    ) -> None:
+        self.method, self.field, self.move, self.events = method, field, moving(t), events
+        self.crossings: list[Crossing] = []
         self.rows: list[Tensor] = [y, *(torch.full_like(y.detach(), torch.nan) for _ in range(len(t) - 1))]
         self.carry: Carry = ()
         self._steps: list[Step] = []
@@ -63,38 +67,52 @@ class Reverse:
             return torch.stack(self.rows)
 
     def _close(self) -> None:
-        segment = _Segment(self.method, self.field, self._steps, len(self.carry), self.move is not None)
+        segment = _Segment(self.method, self.field, self._steps, len(self.carry), self.move is not None, self.events)
         inputs = (*self.carry, *(() if self.move is None else (self.move,)), *self.field.args)
         with torch.enable_grad():
             found = _Node.apply(segment, *inputs)  # type: ignore[no-untyped-call]
-            self.carry = found[: len(self.carry)]
-            for output, value in zip(segment.outputs(), found[len(self.carry) :], strict=True):
-                self.rows[output.row] = torch.where(output.samples.unsqueeze(-1), value, self.rows[output.row])
+            self.carry, rest = found[: len(self.carry)], iter(found[len(self.carry) :])
+            for outputs, crossings in segment.asked:
+                for output in outputs:
+                    value = next(rest)
+                    self.rows[output.row] = torch.where(output.samples.unsqueeze(-1), value, self.rows[output.row])
+                self.crossings += [c._replace(t=next(rest), y=next(rest)) for c in crossings]
         self._steps = []
 
 
 class _Segment:
     """Some steps, packed: thousands of small tensors cost more than their numbers."""
 
-    def __init__(self, method: Method, field: Field, steps: Sequence[Step], width: int, moves: bool) -> None:
-        self.method, self.field, self.width, self.moves = method, field.at(()), width, moves
-        self._outputs = [step.outputs for step in steps]
+    def __init__(
+        self,
+        method: Method,
+        field: Field,
+        steps: Sequence[Step],
+        width: int,
+        moves: bool,
+        events: Sequence[Callable[..., Tensor]],
+    ) -> None:
+        self.method, self.field, self.width, self.moves, self.events = method, field.at(()), width, moves, events
+        self.asked = [(step.outputs, step.crossings) for step in steps]
         self._packed = [torch.stack(x) for x in zip(*((s.t, s.h, s.good, *s.frozen) for s in steps), strict=True)]
-        self.values: tuple[Tensor, ...] | None = (*steps[-1].carry, *(o.value for s in steps for o in s.outputs))
-
-    def outputs(self) -> list[Output]:
-        """Of all steps, in order."""
-        return [o for outputs in self._outputs for o in outputs]
+        inside = [
+            x for s in steps for x in (*(o.value for o in s.outputs), *(z for c in s.crossings for z in (c.t, c.y)))
+        ]
+        self.values: tuple[Tensor, ...] | None = (*steps[-1].carry, *inside)
 
     def run(self, *inputs: Any) -> tuple[Tensor, ...]:
-        """The steps again, differentiably: the carry at their end, and the outputs' values."""
+        """The steps again, differentiably: the carry at their end, and what was asked for in each."""
         carry, rest = inputs[: self.width], inputs[self.width :]
         move, args = (rest[0], rest[1:]) if self.moves else (None, rest)
         field = self.field.at(args)
         values: list[Tensor] = []
-        for (t, h, good, *frozen), outputs in zip(zip(*self._packed, strict=True), self._outputs, strict=True):
-            new, stages, _ = self.method.follow(field, shifted(t, move), carry, h, tuple(frozen))
+        for (t, h, good, *frozen), asked in zip(zip(*self._packed, strict=True), self.asked, strict=True):
+            start = shifted(t, move)
+            new, stages, _ = self.method.follow(field, start, carry, h, tuple(frozen))
+            outputs, crossings = asked
             values += [interpolated(self.method, carry, new, stages, h, o, move) for o in outputs]
+            for c in crossings:
+                values += crossed(self.events[c.event], self.method, field.args, start, carry, new, stages, h, c)
             carry = held(good, new, carry)
         return (*carry, *values)
 

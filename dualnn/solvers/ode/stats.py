@@ -25,6 +25,7 @@ class Status(enum.IntEnum):
     COLLAPSED = 4
     NEWTON = 5
     SINGULAR = 6
+    EVENT = 7
 
 
 REASONS = {
@@ -62,7 +63,7 @@ class OdeStats(NamedTuple):
         newton_failures: Steps given up because Newton's method did not converge.
         newton_iterations: Newton iterations in all attempted steps.
         status: `Status` codes.
-        time: Where the integration stands: the last time asked for, or where it was given up.
+        time: Where the integration stands: the last time asked for, a terminal event, or where it was given up.
         step_size: The last accepted step, signed.
         evaluations: Right-hand sides, each on the whole batch (those inside Jacobians and tangents not counted).
         jacobians: Jacobians formed, on the whole batch.
@@ -82,8 +83,8 @@ class OdeStats(NamedTuple):
 
     @property
     def done(self) -> Tensor:
-        """Which samples reached the end."""
-        return self.status == Status.DONE
+        """Which samples reached the end, or a terminal event."""
+        return (self.status == Status.DONE) | (self.status == Status.EVENT)
 
 
 def failure(stats: OdeStats, method: str, where: Callable[[Status], bool] | None = None) -> str:
