@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import get_interpreter_stack, is_functorch_wrapped_tensor
 
-from dualnn.engine.bridge import floats, refuse_nested_jvp, save, saved
+from dualnn.engine.bridge import refuse_nested_jvp, save, saved
 from dualnn.engine.dual_tensor import DualTensor, count, make, primal_of, split, top_level
 from dualnn.engine.errors import TangentLostError
 from dualnn.engine.tangents import Dense, Tangent, Zero
@@ -253,7 +253,9 @@ class _Implicit(torch.autograd.Function):
         else:
             x = x.detach()
             v = problem.factors(x, args).solve_transposed(grad)
-        wanted = [i for i in floats(args) if ctx.needs_input_grad[i + 1]]
+        wanted = [
+            i for i, a in enumerate(args) if ctx.needs_input_grad[i + 1] and (a.is_floating_point() or a.is_complex())
+        ]
 
         def moved(*chosen: Tensor) -> Tensor:
             inner = list(args)

@@ -174,6 +174,28 @@ class TestOrders:
         torch.testing.assert_close(second, slope, rtol=1e-8, atol=0)
 
 
+def test_a_complex_argument_gets_its_gradient():
+    """Real equations of a complex parameter: both parts, first and second order."""
+
+    def equations(x, a):
+        return x**3 + x - torch.stack([(a * a.conj()).real * a.imag, a.real], -1)
+
+    def first(a):
+        leaf = a.detach().clone().requires_grad_()
+        x = root(equations, torch.zeros(2, dtype=F64), (leaf,))
+        (slope,) = torch.autograd.grad(x.sum(), leaf, create_graph=True)
+        return x.sum().detach(), slope, leaf
+
+    a, h = torch.tensor(0.7 - 0.4j, dtype=torch.complex128), 1e-5
+    _, slope, leaf = first(a)
+    (second,) = torch.autograd.grad(slope.abs() ** 2, leaf)
+    for way in (1, 1j):
+        up, down = first(a + h * way), first(a - h * way)
+        measured = torch.stack([up[0] - down[0], up[1].detach().abs() ** 2 - down[1].detach().abs() ** 2]) / (2 * h)
+        part = torch.stack([slope.detach(), second])
+        torch.testing.assert_close(part.real if way == 1 else part.imag, measured, rtol=1e-7, atol=1e-8)
+
+
 class TestTransforms:
     @pytest.mark.parametrize("start", ["a constant", "from the argument"])
     @ways

@@ -35,12 +35,12 @@ def lifted(fn: Callable[..., Tensor], args: Sequence[Any]) -> tuple[Callable[...
     return call, (*places.parameters, *args)
 
 
-def refuse_captured(fn: Callable[..., Tensor], t: Tensor, y: Tensor, args: Sequence[Any]) -> None:
+def refuse_captured(fn: Callable[..., Tensor], t: Tensor, y: Tensor, args: Sequence[Any], name: str = "fn") -> None:
     """Raise where ``fn`` of plain arguments is differentiable: by something that it captured, and would be lost."""
     f = fn(t.unsqueeze(-1) if y.dim() > 1 else t, y, *args)
     if isinstance(f, DualTensor) or (isinstance(f, Tensor) and torch.is_grad_enabled() and f.requires_grad):
         kind = "carries tangents" if isinstance(f, DualTensor) else "requires grad"
         raise TangentLostError(
-            f"fn depends on something that {kind} and is not among its arguments, so its derivative would be lost: "
+            f"{name} depends on something that {kind} and is not among its arguments, so its derivative would be lost: "
             "pass it in args (fn(t, y, *args)), make fn an nn.Module that owns it, or detach it"
         )

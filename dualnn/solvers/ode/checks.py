@@ -25,14 +25,16 @@ def check_problem(y0: Any, t: Any, args: Any) -> None:
     for name, x in (("y0", y0), ("t", t)):
         if not isinstance(x, Tensor):
             raise DualInputError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dtype not in (torch.float32, torch.float64):
-            raise DualInputError(f"{name} must be float32 or float64, got {x.dtype}: convert it")
+        complex_too = " (or complex of their sizes)" if name == "y0" else ""
+        if x.dtype not in (torch.float32, torch.float64, *((torch.complex64, torch.complex128) if complex_too else ())):
+            raise DualInputError(f"{name} must be float32 or float64{complex_too}, got {x.dtype}: convert it")
         if not bool(torch.isfinite(primal_of(x)).all()):
             raise DualInputError(f"{name} holds values that are nan or infinite")
     if y0.dim() not in (1, 2) or y0.numel() == 0:
         raise DualInputError(f"y0 must be (n,) for one system or (B, n) for B of them: got {tuple(y0.shape)}")
-    if t.dtype != y0.dtype or t.device != y0.device:
-        raise DualInputError(f"t is {t.dtype} on {t.device}, y0 is {y0.dtype} on {y0.device}: write t.to(y0)")
+    if t.dtype != y0.dtype.to_real() or t.device != y0.device:
+        like = "y0.real" if y0.is_complex() else "y0"
+        raise DualInputError(f"t is {t.dtype} on {t.device}, y0 is {y0.dtype} on {y0.device}: write t.to({like})")
     if t.dim() != 1 or t.numel() == 0:
         raise DualInputError(f"t must be (T,), the start and the times asked for, got {tuple(t.shape)}")
     gaps = primal_of(t).detach().diff()
@@ -47,10 +49,10 @@ def check_problem(y0: Any, t: Any, args: Any) -> None:
 
 
 def tolerance(rtol: float | Tensor, atol: float | Tensor, y: Tensor, options: Options) -> Tolerance:
-    """What was asked for, if the dtype can give it."""
+    """What was asked for, if the dtype can give it; for a complex ``y``, of real and imaginary parts."""
     parts = []
     for name, value in (("rtol", rtol), ("atol", atol)):
-        x = torch.as_tensor(value, dtype=y.dtype, device=y.device)
+        x = torch.as_tensor(value, dtype=y.dtype.to_real(), device=y.device)
         if x.dim() and x.shape != y.shape[-1:]:
             raise DualInputError(f"{name} must be a number or ({y.shape[-1]},), one a component: got {tuple(x.shape)}")
         if not bool((x > 0).all()):
@@ -58,23 +60,34 @@ def tolerance(rtol: float | Tensor, atol: float | Tensor, y: Tensor, options: Op
                 f"{name} must be > 0, got {float(x.min()):.3g}"
                 + (": a component that passes through 0 has no relative accuracy" if name == "atol" else "")
             )
-        parts.append(x)
+        parts.append(x.repeat_interleave(2) if x.dim() and y.is_complex() else x)
     least = 10 * torch.finfo(y.dtype).eps
     if float(parts[0].min()) < least:
         raise DualInputError(
             f"rtol = {float(parts[0].min()):.3g} is below what {y.dtype} can give, {least:.2g}: raise it"
-            + (", or use float64" if y.dtype == torch.float32 else "")
+            + (", or use float64" if y.dtype.to_real() == torch.float32 else "")
         )
     return Tolerance(parts[0], parts[1], options.norm)
 
 
-def check_jacobian(field: Field, t: Tensor, y: Tensor, method: str, explicit: bool) -> None:
+def check_use(jac: Any, y0: Tensor, method: str, explicit: bool) -> None:
+    """Raise where a Jacobian given by the user cannot be used."""
+    if not callable(jac):
+        raise DualInputError(f"jac must be a function jac(t, y, *args), got {type(jac).__name__}")
+    if explicit:
+        raise DualInputError(f"method={method!r} is explicit and uses no Jacobian: leave jac out")
+    if y0.is_complex():
+        raise DualInputError(
+            "jac is for real states: a complex system is integrated in its real and imaginary parts, whose Jacobian a "
+            "complex matrix gives only for a holomorphic fn. Leave jac out."
+        )
+
+
+def check_jacobian(field: Field, t: Tensor, y: Tensor) -> None:
     """Raise where a Jacobian given by the user is not that of the right-hand side.
 
     Compared at a point a little off the start, where entries that vanish by chance at the start do not.
     """
-    if explicit:
-        raise DualInputError(f"method={method!r} is explicit and uses no Jacobian: leave jac out")
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(y.shape, dtype=y.dtype, generator=generator).to(y.device)
     near = y + torch.finfo(y.dtype).eps ** 0.25 * noise * torch.clamp_min(y.abs(), 1e-3)

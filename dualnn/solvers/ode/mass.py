@@ -67,7 +67,7 @@ def check_mass(mass: Any, y0: Tensor, method: str, explicit: bool) -> None:
         raise DualInputError(
             f"mass must be ({n}, {n}), or one a sample, for y0 of shape {tuple(y0.shape)}: got {tuple(mass.shape)}"
         )
-    if mass.dtype != y0.dtype or mass.device != y0.device:
+    if mass.dtype not in (y0.dtype, y0.dtype.to_real()) or mass.device != y0.device:
         raise DualInputError(f"mass is {mass.dtype} on {mass.device}, y0 is {y0.dtype} on {y0.device}: mass.to(y0)")
     if not bool(torch.isfinite(primal_of(mass)).all()):
         raise DualInputError("mass holds values that are nan or infinite")

@@ -18,7 +18,8 @@ from dualnn.engine.untraced import untraced
 from dualnn.solvers.factors import refuse_mixing
 from dualnn.solvers.ode.bdf import BDF
 from dualnn.solvers.ode.captured import lifted, plain, refuse_captured
-from dualnn.solvers.ode.checks import check_jacobian, check_problem, tolerance
+from dualnn.solvers.ode.checks import check_jacobian, check_problem, check_use, tolerance
+from dualnn.solvers.ode.complex_states import real_event, real_matrix, real_rhs, to_complex, to_real
 from dualnn.solvers.ode.dop853 import DOP853
 from dualnn.solvers.ode.dopri5 import DOPRI5
 from dualnn.solvers.ode.events import Event, Watch, events_of, gathered, missing
@@ -82,7 +83,8 @@ def odeint(
     Args:
         fn: ``fn(t, y, *args)`` returns y's shape and dtype. A module's parameters are differentiated as well; what else
             it captures must not be.
-        y0: ``(n,)`` for one system, ``(B, n)`` for B of them; float32 or float64.
+        y0: ``(n,)`` for one system, ``(B, n)`` for B of them; float32 or float64, or complex of their sizes: then the
+            real and imaginary parts are integrated (``fn`` need not be holomorphic) and tested, each by itself.
         t: Times at which the solution is wanted, increasing or decreasing, the first of them that of ``y0``. ``fn``
             gets a time of shape ``()`` for one system, ``(B, 1)`` for a batch.
         args: Further arguments. DualTensors, and tensors that require grad, are differentiated.
@@ -142,7 +144,7 @@ def odeint(
         tensor([2.], dtype=torch.float64, requires_grad=True)
         >>> _, found = odeint(decay, torch.ones(1).double(), t, (rate,), "dop853", events=Event(left, terminal=True))
         >>> found.t.sum().backward()
-        >>> round(float(found.t[0]), 6), round(float(rate.grad), 6)
+        >>> round(found.t.item(), 6), round(rate.grad.item(), 6)
         (0.693147, -0.346574)
     """
     if method not in METHODS:
@@ -152,20 +154,27 @@ def odeint(
     check_problem(y0, t, args)
     chosen = Options.of(options)
     scheme = METHODS[method](chosen)
-    explicit = isinstance(scheme, RungeKutta)
-    given = len(args)
-    fn, args = lifted(fn, args)
+    given, (fn, args) = len(args), lifted(fn, args)
+    watched, alone = events_of(events)
+    conditions = [event.fn for event in watched]
     tol = tolerance(rtol, atol, plain(y0), chosen)
-    refuse_captured(fn, times(plain(t)[0], plain(y0)), plain(y0), [plain(a) for a in args])
     if mass is not None:
-        check_mass(mass, y0, method, explicit)
+        check_mass(mass, y0, method, isinstance(scheme, RungeKutta))
+    if jac is not None:
+        check_use(jac, y0, method, isinstance(scheme, RungeKutta))
+    turned = y0.is_complex()
+    if turned:
+        fn, y0, conditions = real_rhs(fn), to_real(y0), [real_event(g) for g in conditions]
+        mass = None if mass is None else real_matrix(mass)
+    for name, depends in (("fn", fn), *((f"event {k}", own(g, given)) for k, g in enumerate(conditions))):
+        refuse_captured(depends, times(plain(t)[0], plain(y0)), plain(y0), [plain(a) for a in args], name)
+    if mass is not None:
         y0 = consistent(lambda t, y, *args: Field(fn, args)(t, y), t[0], y0, mass, args, tol, chosen.project)
         args = (mass, *args)
     values = y0, t, *args
     y, at, *rest = (plain(v) for v in values)
     field = Field(fn, rest, Counts(), mass is not None, None if jac is None else own(jac, given))
-    watched, alone = events_of(events)
-    asked = [own(placed(event.fn), given) for event in watched]
+    asked = [own(placed(g), given) for g in conditions]
     follower: Follower | None = None
     if differentiated(values):
         whole = field.at(args)
@@ -174,24 +183,24 @@ def odeint(
             follower = Forward(scheme, whole, y0, t, size, asked)
         else:
             follower = Reverse(scheme, whole, y0, t, asked)
-    for event in watched:
-        refuse_captured(event.fn, times(at[0], y), y, rest[len(rest) - given :])
     with torch.no_grad():
         if y.dim() > 1 and len(y) > 1:
             refuse_mixing(lambda y: field(times(at[0], y), y), y)
         if jac is not None:
-            check_jacobian(field, times(at[0], y), y, method, explicit)
+            check_jacobian(field, times(at[0], y), y)
         watch = partial(Watch, watched, [lambda t, y, g=g: g(t, y, *rest) for g in asked]) if watched else None
         found, stats, crossings = integrate(scheme, field, y, at, tol, chosen, follower, watch)
     if on_failure == "raise" and not bool(stats.done.all()):
         raise ConvergenceError(failure(stats, method))
     if follower is not None:
         found, crossings = follower.finish(), follower.crossings
+    occurrences = gathered(watched, crossings, y)
+    if on_failure == "raise":
+        missing(watched, occurrences)
+    if turned:
+        found, occurrences = to_complex(found), [o._replace(y=to_complex(o.y)) for o in occurrences]
     results: list[Any] = [found]
     if events is not None:
-        occurrences = gathered(watched, crossings, y)
-        if on_failure == "raise":
-            missing(watched, occurrences)
         results.append(occurrences[0] if alone else tuple(occurrences))
     if full_output:
         results.append(stats)

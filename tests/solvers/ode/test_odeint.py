@@ -272,7 +272,6 @@ class TestErrors:
             ({"t": times(0, 1).float()}, "float32"),
             ({"t": times(0, 1)[None]}, r"\(T,\)"),
             ({"t": 1.0}, "torch.Tensor"),
-            ({"y0": START.to(torch.complex128)}, "complex128"),
             ({"y0": START.half()}, "float16"),
             ({"y0": START * math.inf}, "infinite"),
             ({"y0": START[None, None]}, r"\(B, n\)"),
