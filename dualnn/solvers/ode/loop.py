@@ -21,6 +21,7 @@ from dualnn.solvers.ode.method import Method, Trial, held
 from dualnn.solvers.ode.newton import Limits
 from dualnn.solvers.ode.options import Options
 from dualnn.solvers.ode.outputs import Output, Outputs
+from dualnn.solvers.ode.progress import Tell
 from dualnn.solvers.ode.stats import OdeStats, Status
 
 
@@ -66,6 +67,7 @@ def integrate(
     options: Options,
     follower: Follower | None,
     watch: Callable[[Tensor, Tensor, bool], Watch] | None = None,
+    tell: Tell | None = None,
 ) -> tuple[Tensor, OdeStats, list[Crossing]]:
     """Values at the requested times, on plain tensors.
 
@@ -103,6 +105,8 @@ def integrate(
         active, h, now = tried.active, tried.h, course.now
         if not bool(active.any()):
             break
+        if tell is not None:
+            tell(now, h, active)
         trial = method.attempt(field, now, state, h, active, tol, limits)
         ends = method.solution(trial.state.carry)
         finite = torch.isfinite(trial.norm) & torch.isfinite(ends).all(-1)

@@ -29,6 +29,7 @@ from dualnn.solvers.ode.loop import Follower, integrate
 from dualnn.solvers.ode.mass import check_mass, consistent
 from dualnn.solvers.ode.method import Method
 from dualnn.solvers.ode.options import Options
+from dualnn.solvers.ode.progress import progress
 from dualnn.solvers.ode.radau import Radau
 from dualnn.solvers.ode.reverse import Reverse
 from dualnn.solvers.ode.rodas5p import RODAS5P
@@ -93,7 +94,7 @@ def odeint(
         atol: Absolute tolerance, likewise.
         options: See `solvers.ode.options.Options`: ``first_step``, ``max_step``, ``step_size`` (fixed), ``max_steps``,
             ``norm``, ``land``, ``newton_tol``, ``sensitivities`` (tangents take part in the error test), ``max_order``,
-            ``project`` (make ``y0`` consistent with the algebraic equations).
+            ``project`` (make ``y0`` consistent with the algebraic equations), ``progress`` (show a bar).
         full_output: Return ``(y, OdeStats)``.
         mass: Mass matrix M of ``M y' = fn(t, y, *args)``, constant, ``(n, n)`` or ``(B, n, n)``, for the methods for
             stiff problems. It may be singular: rows without y' are algebraic equations (of index 1), which ``y0`` must
@@ -189,7 +190,8 @@ def odeint(
         if jac is not None:
             check_jacobian(field, times(at[0], y), y)
         watch = partial(Watch, watched, [lambda t, y, g=g: g(t, y, *rest) for g in asked]) if watched else None
-        found, stats, crossings = integrate(scheme, field, y, at, tol, chosen, follower, watch)
+        with progress(at[0], at[-1], chosen.progress) as tell:
+            found, stats, crossings = integrate(scheme, field, y, at, tol, chosen, follower, watch, tell)
     if on_failure == "raise" and not bool(stats.done.all()):
         raise ConvergenceError(failure(stats, method))
     if follower is not None:

@@ -30,6 +30,7 @@ class Options:
         max_order: Of bdf.
         project: With a singular mass matrix, make any ``y0`` consistent with the algebraic equations, as far as
             ``M y0`` leaves it open. Otherwise one that is more than the tolerance away is refused.
+        progress: Show a bar: how far the slowest sample is.
     """
 
     first_step: float | None = None
@@ -42,6 +43,7 @@ class Options:
     sensitivities: bool = False
     max_order: int = 5
     project: bool = False
+    progress: bool = False
 
     def __post_init__(self) -> None:
         for name in ("first_step", "max_step", "newton_tol"):
