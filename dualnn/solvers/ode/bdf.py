@@ -31,7 +31,7 @@ from dualnn.solvers.implicit import Problem, implicit
 from dualnn.solvers.ode.along import along, apart
 from dualnn.solvers.ode.control import Controller, Tolerance
 from dualnn.solvers.ode.field import Field
-from dualnn.solvers.ode.method import Carry, State, Trial
+from dualnn.solvers.ode.method import Carry, Others, State, Trial
 from dualnn.solvers.ode.newton import Limits, newton
 
 HIGHEST = 5
@@ -157,9 +157,9 @@ class BDF:
         good: Tensor,
         tol: Tolerance,
         fixed: bool,
+        others: Others | None = None,
     ) -> tuple[State, Tensor]:
         """Order and step are chosen after order + 1 steps of one length: those that allow the longest step."""
-        (history,) = state.carry
         spacing, order, equal, _, _ = state.memory
         jacobian, current = trial.state.memory[3:]
         ready = good & (equal > order)
@@ -173,10 +173,17 @@ class BDF:
         rejected = torch.clamp(safety * norm ** (-1 / (order + 1)), 0.2, 0.9)
         factor = torch.where(good, 1.0, torch.nan_to_num(rejected, 0.2))
         if bool(ready.any()):
-            carried = JUDGE.to(norm)[order] @ history
-            scale = tol.scale(history[..., 0, :])
-            lower = torch.where(order > 1, tol.measure(carried[..., 0, :], scale), torch.inf)
-            higher = torch.where(order < self.max_order, tol.measure(carried[..., 1, :], scale), torch.inf)
+            judge = JUDGE.to(norm)[order]
+
+            def neighbours(carry: Carry, tol: Tolerance) -> Tensor:
+                carried, scale = judge @ carry[0], tol.scale(carry[0][..., 0, :])
+                return torch.stack([tol.measure(carried[..., i, :], scale) for i in range(2)], -1)
+
+            sizes = neighbours(state.carry, tol)
+            if others is not None and (moved := others(neighbours)) is not None:
+                sizes = torch.maximum(sizes, moved)
+            lower = torch.where(order > 1, sizes[..., 0], torch.inf)
+            higher = torch.where(order < self.max_order, sizes[..., 1], torch.inf)
             sizes = torch.stack([lower, norm, higher], -1)
             exponents = -1 / (order.unsqueeze(-1) + torch.arange(3, device=order.device))
             best, which = (torch.clamp_min(sizes, 1e-10) ** exponents).max(-1)

@@ -90,8 +90,19 @@ class Forward:
         if not isinstance(error, DualTensor):
             return None
         old, new = (_tangent(self.method.solution(c)) for c in (self.carry, found[0]))
-        scaled = tol._replace(atol=tol.atol * self.size.reshape(-1, *(1,) * (old.dim() - 1)))
+        scaled = self._scaled(tol)
         return scaled.measure(_tangent(error), scaled.scale(old, new)).amax(0)
+
+    def largest(self, measure: Callable[[Carry, Tolerance], Tensor], tol: Tolerance) -> Tensor | None:
+        """Among all directions."""
+        if self.size is None or not any(isinstance(c, DualTensor) for c in self.carry):
+            return None
+        return measure(tuple(map(_tangent, self.carry)), self._scaled(tol)).amax(0)
+
+    def _scaled(self, tol: Tolerance) -> Tolerance:
+        """What counts as 1 for tangents ``(K, *batch, n)``."""
+        size = 1.0 if self.size is None else self.size.reshape(-1, *(1,) * self.rows[0].dim())
+        return tol._replace(atol=tol.atol * size)
 
     def take(self, step: Step) -> None:
         """The step with its stages as constants, then what was asked for in it."""

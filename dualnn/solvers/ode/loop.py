@@ -17,7 +17,7 @@ from dualnn.solvers.ode.control import Tolerance, first_step
 from dualnn.solvers.ode.course import Plan, aim, begun, judged, reached
 from dualnn.solvers.ode.events import Crossing, Watch
 from dualnn.solvers.ode.field import Field
-from dualnn.solvers.ode.method import Method, Trial, held
+from dualnn.solvers.ode.method import Carry, Method, Trial, held
 from dualnn.solvers.ode.newton import Limits
 from dualnn.solvers.ode.options import Options
 from dualnn.solvers.ode.outputs import Output, Outputs
@@ -58,6 +58,9 @@ class Follower(Protocol):
 
     def errors(self, step: Step, tol: Tolerance) -> Tensor | None:
         """Size of the tangents' error in a step that the values accept, ``batch``; None: not tested."""
+
+    def largest(self, measure: Callable[[Carry, Tolerance], Tensor], tol: Tolerance) -> Tensor | None:
+        """Of an error that ``measure`` finds in a carry: the largest in the tangents'. None: they are not tested."""
 
     def take(self, step: Step) -> None:
         """Go along with an accepted step."""
@@ -140,7 +143,8 @@ def integrate(
         if follower is not None and bool(passed.any()):
             crossings = () if seen is None else seen.crossings
             follower.take(Step(now, h, moves, _frozen(passed, trial), merged.carry, outputs, crossings))
-        state, factor = method.adapt(field, after, trial, merged, norm, course.last, moves, tol, fixed)
+        others = None if follower is None else partial(follower.largest, tol=tol)
+        state, factor = method.adapt(field, after, trial, merged, norm, course.last, moves, tol, fixed, others)
         course = judged(course, tried, trial, finite, passed, norm, found.complete, factor, plan)
         if seen is not None:
             course = seen.ended(course, tried)

@@ -14,6 +14,8 @@ from dualnn.solvers.ode.field import Field
 from dualnn.solvers.ode.newton import Limits
 
 Carry = tuple[Tensor, ...]
+# The largest norm among tangents in the error test, of an error that the argument measures in one carry; None: none.
+Others = Callable[[Callable[["Carry", Tolerance], Tensor]], Tensor | None]
 
 
 class State(NamedTuple):
@@ -88,8 +90,12 @@ class Method(Protocol):
         good: Tensor,
         tol: Tolerance,
         fixed: bool,
+        others: Others | None = None,
     ) -> tuple[State, Tensor]:
-        """After the decision, at the new ``t``: the state to go on from, and the factor for the step size."""
+        """After the decision, at the new ``t``: the state to go on from, and the factor for the step size.
+
+        ``norm`` counts the tangents that are in the error test; ``others`` measures further errors of theirs.
+        """
 
     def carry(self, field: Field, t: Tensor, y: Tensor, h: Tensor) -> Carry:
         """The carry at the start, differentiably."""

@@ -27,7 +27,7 @@ from dualnn.solvers.implicit import Problem, implicit
 from dualnn.solvers.ode.along import along, apart
 from dualnn.solvers.ode.control import Controller, Tolerance
 from dualnn.solvers.ode.field import Field
-from dualnn.solvers.ode.method import Carry, State, Trial
+from dualnn.solvers.ode.method import Carry, Others, State, Trial
 from dualnn.solvers.ode.newton import Limits, newton
 
 _S = 6**0.5
@@ -147,6 +147,7 @@ class Radau:
         good: Tensor,
         tol: Tolerance,
         fixed: bool,
+        others: Others | None = None,
     ) -> tuple[State, Tensor]:
         """Gustafsson's prediction, damped by the number of iterations."""
         f, jacobian, z, h, _ = state.memory

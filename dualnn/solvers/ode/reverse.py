@@ -53,6 +53,9 @@ class Reverse:
     def errors(self, step: Step, tol: Tolerance) -> None:
         """There are no tangents."""
 
+    def largest(self, measure: Callable[[Carry, Tolerance], Tensor], tol: Tolerance) -> None:
+        """There are no tangents."""
+
     def take(self, step: Step) -> None:
         """Keep it."""
         self._steps.append(step)

@@ -30,7 +30,7 @@ from dualnn.solvers.implicit import Problem, implicit
 from dualnn.solvers.ode.along import apart, single
 from dualnn.solvers.ode.control import Controller, Tolerance
 from dualnn.solvers.ode.field import Field
-from dualnn.solvers.ode.method import Carry, State, Trial, all_of
+from dualnn.solvers.ode.method import Carry, Others, State, Trial, all_of
 from dualnn.solvers.ode.newton import Limits
 
 
@@ -106,6 +106,7 @@ class Rosenbrock:
         good: Tensor,
         tol: Tolerance,
         fixed: bool,
+        others: Others | None = None,
     ) -> tuple[State, Tensor]:
         """Linearise where a new step begins; the step by the controller."""
         if bool(good.any()):

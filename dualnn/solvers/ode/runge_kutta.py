@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dualnn.solvers.ode.control import Controller, Tolerance
 from dualnn.solvers.ode.field import Field
-from dualnn.solvers.ode.method import Carry, State, Trial, all_of, formed
+from dualnn.solvers.ode.method import Carry, Others, State, Trial, all_of, formed
 from dualnn.solvers.ode.newton import Limits
 
 
@@ -85,6 +85,7 @@ class RungeKutta:
         good: Tensor,
         tol: Tolerance,
         fixed: bool,
+        others: Others | None = None,
     ) -> tuple[State, Tensor]:
         """By the controller."""
         return state, self.control.factor(norm, last, good)

@@ -62,6 +62,12 @@ LATE = (
     _tensor(3.898337709e-2, 1.621768316e-7, 0.961016460738),
     _tensor(-1.574971610, -2.761956365e-6, 1.57497437),
 )
+# The "Test Set for IVP Solvers" (problem rober). As t grows, y1 tends to p2^2 / (p3 p1^2 t): its sensitivities are
+# those of a product of powers.
+LAST = (1e11, _tensor(0.2083340149701255e-7, 0.8333360770334713e-13, 0.9999999791665050), _tensor(-2.0, 2.0, -1.0))
+# SUNDIALS, cvsRoberts_FSA_dns with rtol 1e-4: time, y1, dy1/dp1.
+SUNDIALS = ((4e5, 4.9394e-3, -2.3640e-1), (4e6, 5.1681e-4, -2.5663e-2), (4e7, 5.2039e-5, -2.5997e-3),
+            (4e8, 5.2092e-6, -2.6049e-4))  # fmt: skip
 VAN_DER_POL = Known(
     van_der_pol,
     _tensor(2.0, 0.0),

@@ -7,7 +7,7 @@ from torch import nn
 import dualnn as dn
 from dualnn.solvers import odeint
 from dualnn.training.meters import LiveBytes
-from tests.solvers.ode.problems import DRIVEN, F64, METHODS, STIFF, driven
+from tests.solvers.ode.problems import DRIVEN, F64, METHODS, STIFF, VAN_DER_POL, driven
 
 methods = pytest.mark.parametrize("method", METHODS)
 Y0, T, P = DRIVEN
@@ -142,6 +142,22 @@ def test_tangents_in_the_error_test(method):
 
     assert error() > 1e-3
     assert error(sensitivities=True) < 2e-4
+
+
+def test_bdf_chooses_its_order_for_the_tangents_too():
+    """By the values' errors alone it takes orders that the tangents reject: a third of all steps."""
+    known, counts = VAN_DER_POL, []
+
+    def solve(eps):
+        t = torch.tensor([0.0, 1.0], dtype=F64)
+        y, stats = odeint(
+            known.fn, known.y0, t, (eps,), "bdf", 1e-4, 1e-7, {"sensitivities": True}, full_output=True
+        )  # fmt: skip
+        counts.append(stats)
+        return y
+
+    dn.jvp(solve, (known.p,), (torch.ones_like(known.p),))
+    assert int(counts[0].rejected) < 0.2 * int(counts[0].steps)
 
 
 class Decay(nn.Module):

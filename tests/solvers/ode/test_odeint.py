@@ -18,12 +18,14 @@ from tests.solvers.ode.problems import (
     DRIVEN,
     F64,
     KNOWN,
+    LAST,
     LATE,
     MATRIX,
     METHODS,
     ROBERTSON,
     START,
     STIFF,
+    SUNDIALS,
     driven,
     linear,
     robertson,
@@ -80,6 +82,25 @@ class TestPublishedProblems:
         )
         torch.testing.assert_close(y, y_late, rtol=1e-6, atol=0)
         torch.testing.assert_close(dy[0], by_first, rtol=3e-6, atol=0)
+
+    @pytest.mark.slow
+    @stiff
+    def test_robertson_to_the_last(self, method):
+        """Steps grow with t over eleven decades, and none collapses; six digits at the end, sensitivities too."""
+        end, y_end, powers = LAST
+
+        def solve(p):
+            t = times(0, *(t for t, *_ in SUNDIALS), end)
+            y, stats = odeint(robertson, ROBERTSON.y0, t, (p,), method, 1e-8, 1e-14, full_output=True)
+            assert float(stats.step_size) > 1e-3 * end and int(stats.steps) < 2000
+            return y
+
+        y, dy = dn.jvp(solve, (ROBERTSON.p,), (torch.eye(3, dtype=F64),))
+        torch.testing.assert_close(y[-1], y_end, rtol=2e-6, atol=0)
+        torch.testing.assert_close(dy[:, -1, 0], powers * y[-1, 0] / ROBERTSON.p, rtol=1e-5, atol=0)
+        printed = torch.tensor(SUNDIALS, dtype=F64)
+        torch.testing.assert_close(y[1:-1, 0], printed[:, 1], rtol=5e-4, atol=0)
+        torch.testing.assert_close(dy[0, 1:-1, 0], printed[:, 2], rtol=1e-3, atol=0)
 
     @pytest.mark.slow
     @stiff
