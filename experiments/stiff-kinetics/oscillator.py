@@ -4,7 +4,8 @@
     python experiments/stiff-kinetics/oscillator.py --fast    # the same, shorter and without meaning
 
 Known is eps y2' = g(y1) y2 - y1, y1' = y2; g is a network, and the truth is van der Pol's g = 1 - y1^2. Only positions
-y1 are observed, at a few times after each start, so the loss goes through the solver.
+y1 are observed, at a few times after each start, during the fast transient and after it, so the loss goes through the
+solver.
 """
 
 from __future__ import annotations
@@ -28,9 +29,15 @@ from dualnn.training.meters import LiveBytes
 
 F64 = torch.float64
 EPS = 1e-3
-OBSERVED = torch.tensor([0.0, 0.05, 0.2, 0.5], dtype=F64)  # a period takes 1.6
+FAST, END = (0.5, 2.0, 10.0), 0.2  # times of observation: in units of eps, and the last
 SEEDS = (0, 1, 2)
-METHODS = {"radau": 1e-6, "rodas5p": 1e-6, "bdf": 1e-6, "dopri5": 1e-6}
+METHODS = ("radau", "rodas5p", "bdf", "dopri5")
+RTOL = ATOL = 1e-5
+
+
+def times(eps: float = EPS) -> Tensor:
+    """When positions are observed, after the start."""
+    return torch.tensor([0.0, *(eps * t for t in FAST), END], dtype=F64)
 
 
 class Damped(nn.Module):
@@ -42,7 +49,7 @@ class Damped(nn.Module):
         self.g = nn.Sequential(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
         self.double()
         with torch.no_grad():
-            self.g[-1].bias.fill_(-1.0)  # an overdamped start: no oscillation yet
+            self.g[-1].bias.fill_(-1.0)  # damped everywhere: no oscillation yet
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         """The right-hand side."""
@@ -53,18 +60,19 @@ class Damped(nn.Module):
 class Oscillator(L.LightningModule):
     """Fits the damping to observed positions."""
 
-    def __init__(self, method: str, lr: float = 3e-3) -> None:
+    def __init__(self, method: str, lr: float = 2e-2) -> None:
         super().__init__()
         self.field, self.method, self.lr = Damped(), method, lr
 
-    def loss(self, start: Tensor, seen: Tensor) -> Tensor:
-        """Mean square of the positions' errors."""
-        y = odeint(self.field, start, OBSERVED, (), self.method, METHODS[self.method], 1e-6)
-        return (y[1:, :, 0].T - seen).square().mean()
+    def positions(self, start: Tensor) -> Tensor:
+        """At the times of observation, ``(B, T)``."""
+        return odeint(self.field, start, times(), (), self.method, RTOL, ATOL)[1:, :, 0].T
 
     def training_step(self, batch: Any, index: int) -> Tensor:
         """One batch of starts."""
-        loss = self.loss(*batch)
+        start, seen = batch
+        # Huber's: a sample that still jumps to the wrong side must not drown the others.
+        loss = nn.functional.smooth_l1_loss(self.positions(start), seen, beta=0.05)
         self.log("loss/train", loss)
         return loss
 
@@ -76,14 +84,11 @@ class Oscillator(L.LightningModule):
 
 
 def trajectories(count: int, seed: int, eps: float = EPS) -> tuple[Tensor, Tensor]:
-    """Starts along the limit cycle, and the positions observed after each, 1 % off."""
+    """Starts all over the phase plane, and the positions observed after each, 0.01 off."""
     g = torch.Generator().manual_seed(seed)
-    at = (2 + 1.6 * torch.rand(count, generator=g, dtype=F64)).sort().values
-    t = torch.cat([torch.zeros(1, dtype=F64), at])
-    rate = torch.tensor([eps], dtype=F64)
-    start = odeint(van_der_pol, torch.tensor([2.0, 0.0], dtype=F64), t, (rate,), "radau", 1e-8, 1e-8)[1:]
-    rates = rate.expand(count, 1)
-    seen = odeint(van_der_pol, start, OBSERVED, (rates,), "radau", 1e-8, 1e-8)[1:, :, 0].T
+    start = (2 * torch.rand(count, 2, generator=g, dtype=F64) - 1) * torch.tensor([2.0, 0.5 / eps], dtype=F64)
+    rates = torch.full((count, 1), eps, dtype=F64)
+    seen = odeint(van_der_pol, start, times(eps), (rates,), "radau", 1e-8, 1e-8)[1:, :, 0].T
     return start, seen + 0.01 * torch.randn(seen.shape, generator=g, dtype=F64)
 
 
@@ -103,8 +108,14 @@ def train(method: str, seed: int, epochs: int, folder: pathlib.Path) -> dict[str
     with torch.no_grad():
         grid = torch.linspace(-2, 2, 81, dtype=F64)[:, None]
         off = (model.field.g(grid) - (1 - grid**2)).square().mean().sqrt()
-        fresh = model.loss(*trajectories(64, 1000 + seed))
-    return {"damping, root mean square error": float(off), "test loss": float(fresh), "CPU seconds": seconds}
+        start, seen = trajectories(128, 1000 + seed)
+        miss = (model.positions(start) - seen).abs()
+    return {
+        "damping, root mean square error": float(off),
+        "fresh starts, median error": float(miss.median()),
+        "fresh starts, missed by more than 0.1": float((miss.amax(1) > 0.1).double().mean()),
+        "CPU seconds": seconds,
+    }
 
 
 def one_step(method: str, eps: float, repeats: int) -> dict[str, float]:
@@ -115,7 +126,7 @@ def one_step(method: str, eps: float, repeats: int) -> dict[str, float]:
 
     def step() -> None:
         options = {"max_steps": 1_000_000}
-        y = odeint(field, start, OBSERVED, (), method, METHODS[method], 1e-6, options)
+        y = odeint(field, start, times(eps), (), method, RTOL, ATOL, options)
         field.zero_grad()
         (y[1:, :, 0].T - seen).square().mean().backward()
 
@@ -133,7 +144,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fast", action="store_true")
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path(__file__).parent)
     options = parser.parse_args()
     torch.set_num_threads(1)
