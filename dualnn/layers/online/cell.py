@@ -43,7 +43,8 @@ class OnlineCell(nn.Module):
     forgets. ``step(x, state.without_traces())`` is plain inference.
 
     A subclass sets the class variables and gives `advance`, and `output` where it is not the first state. Derivatives
-    come from duals unless it gives `linearise` and `pull`; `coefficients` says that f is affine in s.
+    come from duals unless it gives `linearise` and `pull`; `coefficients` says that f is affine in s. Where states and
+    derivatives are cheaper found together it gives `along`, and for a window in closed form `ahead` and `back`.
 
     Args:
         input_size: I, inputs.

@@ -146,12 +146,12 @@ class DiagonalLinear(OnlineCell):
         pairs = torch.view_as_real(delta).flatten(-2).flatten(0, 1)  # (T B, 2 N)
         found = torch.cat([x.flatten(0, 1).T @ pairs, pairs.sum(0, keepdim=True)])  # (I + 1, 2 N)
         by_drive = _paired(found) * scale
-        by_weight = by_drive + torch.einsum("bin,bn->in", traces[0][:, :, 0, 0], first)
+        by_weight = by_drive + (traces[0][:, :, 0, 0] * first.unsqueeze(1)).sum(0)
         both = torch.view_as_real(by_weight.conj().resolve_conj()).flatten(-2)
         moved = (start * delta[0] + (summed(h[:-1], delta[1:]) if len(h) > 1 else 0)).sum(0) * rate  # type: ignore[operator]
         weights = _paired(torch.cat([weight, bias.unsqueeze(1)], 1).T.contiguous())
         mine = [moved * -torch.exp(nu), moved * (1j * torch.exp(theta)), (by_drive * weights).sum(0)]
-        past = torch.einsum("bpn,bn->pn", traces[1][:, 0], first)
+        past = (traces[1][:, 0] * first.unsqueeze(1)).sum(0)
         signs = torch.stack([scale, -scale], 1).flatten()
         by_x = (pairs @ (weight * signs.unsqueeze(1))).reshape(x.shape) if wants_x else None
         return [by_x, both[:-1].T, both[-1], *((a + b).real for a, b in zip(mine, past, strict=True))]

@@ -95,7 +95,8 @@ def back(
     # Conjugates of real numbers cost nothing; for complex states gradients are cotangents, the conjugate derivatives.
     drives, mine = cell.pull(rest, delta.conj().unbind(1), own)
     rows = cell.packed(drives.expand(*x.shape[:2], *drives.shape[2:]).conj())  # (T, B, R N)
-    behind = cell.packed(torch.einsum("bisgn,sbn->ign", traces[0].conj(), whole))  # (I + 1, R N)
+    earlier = whole.transpose(0, 1).unsqueeze(2)  # (B, S, 1, N)
+    behind = cell.packed((traces[0].conj() * earlier.unsqueeze(1)).sum((0, 2)))  # (I + 1, R N)
     flat = rows.flatten(0, 1)
     found: list[Tensor | None] = [
         rows @ weight if wants_x else None,
@@ -103,7 +104,7 @@ def back(
         behind[-1] + flat.sum(0),
     ]
     if own:
-        total = mine.conj().sum(0) + torch.einsum("bspn,sbn->pn", traces[1].conj(), whole)
+        total = mine.conj().sum(0) + (traces[1].conj() * earlier).sum((0, 1))
         found += [t.real if t.is_complex() and not p.is_complex() else t for t, p in zip(total, own, strict=True)]
     return found
 
