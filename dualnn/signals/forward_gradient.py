@@ -108,8 +108,15 @@ def weight_pass(
             return LowRank(directions.num, _noting(p, used, lambda: _factors(p)), p.shape)
         return Drawn(directions.num, _noting(p, used, lambda: directions.draw(*blocks[p], tuple(p.shape), p)))
 
+    kept: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
+
     def _factors(p: nn.Parameter) -> tuple[Tensor, Tensor]:
-        return directions.factors(*blocks[p], tuple(p.shape), rank or 1, p)
+        found = kept.get(p)
+        if found is None:
+            found = directions.factors(*blocks[p], tuple(p.shape), rank or 1, p)
+            if 8 * sum(f.numel() for f in found) <= p.numel():  # next to nothing beside the gradient: not drawn again
+                kept[p] = found
+        return found
 
     with fresh_level() as level, torch.no_grad():
         duals = {p: make(p.detach(), tangent(p), level) for p in parameters}
