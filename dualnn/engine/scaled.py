@@ -380,25 +380,24 @@ def _product(factor: _Factor | None, n: float) -> Tensor | float:
     return factor.data if n == 1.0 else times(factor.data, n)
 
 
-def lend(seeds: Sequence[Tangent | None]) -> list[Dense]:
-    """Let the directions of seeds be bases while a function runs; returns those that are, for `take_back`.
+def lend(seeds: Sequence[Tangent | None]) -> list[tuple[Dense, weakref.ref[Base]]]:
+    """Let the directions of seeds be bases while a function runs; returns what `take_back` needs.
 
     Only the function itself could write to them in that time, which is noticed and raises.
     """
-    large = [
-        t
-        for t in seeds
-        if type(t) is Dense and t.base is None and t.data.numel() >= tangents.LARGE and may_wait(t.data)
-    ]
-    for t in large:
-        t.base = Base(t.data)
+    large = []
+    for t in seeds:
+        if type(t) is Dense and type(t.data) is Tensor and t.base is None and t.data.numel() >= tangents.LARGE:
+            if may_wait(t.data):
+                t.base = Base(t.data)
+                large.append((t, weakref.ref(t.base)))
     return large
 
 
-def take_back(seeds: list[Dense]) -> None:
+def take_back(lent: list[tuple[Dense, weakref.ref[Base]]]) -> None:
     """The function has ended: what outlives it (a dual that it put away) gets directions of its own."""
-    for t in seeds:
-        held, t.base = weakref.ref(t.base), None
+    for seed, held in lent:
+        seed.base = None
         base = held()
         if base is not None:
             base.depart()

@@ -263,13 +263,17 @@ def test_a_function_that_overwrites_its_own_directions_raises():
         dn.jvp(careless, (x,), (t,))
 
 
+@pytest.mark.parametrize("read", [False, True])
 @pytest.mark.parametrize("how", WRITES)
-def test_what_outlives_the_function_has_directions_of_its_own(how):
+def test_what_outlives_the_function_has_directions_of_its_own(how, read):
     x, t = seeds(N)
     kept, before = [], t.clone()
 
     def leaky(y):
-        kept.extend([y * x, y * x * 2, y * 1.0])
+        kept.append(y * x)
+        if read:
+            assert torch.equal(y.tangent, t)
+        kept.extend([y * x * 2, y * 1.0])
         return y * x
 
     _, pushed = dn.jvp(leaky, (x,), (t,))
