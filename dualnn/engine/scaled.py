@@ -7,7 +7,8 @@ left undone: the tangent is kept as
 
 a *base* :math:`b` of shape ``(K, *shape)``, shared by all tangents of the chain, a *factor* :math:`\varphi` that
 broadcasts to ``shape``, and a number :math:`c`. The next operation multiplies :math:`\varphi` or c, the sum of two
-tangents of one base adds factors, and the product with the base is formed once, when somebody asks for directions.
+tangents of one base adds factors, a selection selects them, and the product with the base is formed once, when somebody
+asks for directions.
 Sums over different bases are formed at once.
 
 Four things would make that wrong, and are guarded against:
@@ -372,6 +373,30 @@ class Scaled(Tangent):
         base = Base(data)
         self._parts = base, None, 1.0
         return data, base
+
+
+def selected(condition: Tensor, a: Tangent | None, b: Tangent | None, shape: torch.Size) -> Tangent | None:
+    """``where(condition, a, b)`` of tangents over one base (None: a constant), or None where it must be formed."""
+    terms: list[Tensor | float] = []
+    base, sure = None, True
+    for t in (a, b):
+        if type(t) is Dense and t.base is not None and t.base.data is t.data:
+            t = Scaled(t.base)
+        if t is None:
+            terms.append(0.0)
+            continue
+        if not isinstance(t, Scaled) or (base is not None and t._parts[0] is not base):
+            return None
+        base, factor, n = t._parts
+        sure = sure and (factor is None or factor.sure)
+        terms.append(_product(factor, n))
+    if base is None or base.given or base.shape != shape or not (_switch.on and idle()):
+        return None
+    if type(condition) is not Tensor or not fits(condition.shape, shape):
+        return None
+    dtype = base.data.dtype
+    one, other = (x if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype) for x in terms)
+    return Scaled(base, _Factor(torch.where(condition, one, other), sure))
 
 
 def _product(factor: _Factor | None, n: float) -> Tensor | float:

@@ -656,6 +656,41 @@ def test_where_selects():
     assert on.isfinite().all()
 
 
+def test_a_selection_over_one_base_waits():
+    x, t = seeds(2, N)
+    mask = rand(3)(2, N) > 0
+    w = rand(4)(2, N)
+    waited = []
+
+    def noted(y):
+        waited.append(waits(y))
+        return y
+
+    for fn in (
+        lambda y: noted(torch.where(mask, y * w, -0.5 * y)),
+        lambda y: noted(torch.where(mask, y * w, 1.0)),
+        lambda y: noted(torch.where(mask[0], 2.0, y * w * 0.3)) * w,
+        lambda y: noted(torch.where(mask, 2 * y, y)) * w,
+        lambda y: noted(torch.where(y > 0, y * w, y)),
+        lambda y: noted(torch.where(mask, y * torch.inf, y * w)),
+        lambda y: noted(torch.where(mask, y * w * 1e-30 * w, (y * 1e-300) * w)) * 1e200,
+    ):
+        before = len(waited)
+        on, off = both(fn, x, t)
+        torch.testing.assert_close(on, off, rtol=1e-12, atol=0, equal_nan=True)
+        assert waited[before:] in ([True, False], [False, False])
+    assert waited[0::2] == [True] * 5 + [False, False]
+
+    def two_bases(y):
+        return noted(torch.where(mask, (y * w).cumsum(0) * w, y * w))
+
+    on, off = both(two_bases, x, t)
+    torch.testing.assert_close(on, off)
+    on, off = both(lambda y: noted(torch.where(mask, y * w, torch.ones(3, 2, N).double())), x, t)  # broadcasts
+    torch.testing.assert_close(on, off)
+    assert not any(waited[-4:])
+
+
 # --- shapes and kinds
 
 
