@@ -8,24 +8,25 @@ left undone: the tangent is kept as
 a *base* :math:`b` of shape ``(K, *shape)``, shared by all tangents of the chain, a *factor* :math:`\varphi` that
 broadcasts to ``shape``, and a number :math:`c`. The next operation multiplies :math:`\varphi` or c, the sum of two
 tangents of one base adds factors, a selection selects them, and the product with the base is formed once, when somebody
-asks for directions.
-Sums over different bases are formed at once.
+asks for directions. Sums over different bases are formed at once.
 
 Four things would make that wrong, and are guarded against:
 
 1. *Somebody writes to an operand, or to a caller's directions, before the product is formed.* A factor is always a
    tensor of our own. A base is a result that nobody else was given (`Base`), or what was lent for the run of one
-   function (`lent`); that it was not written to is checked, and a write raises.
+   function (`lend`); that it was not written to is checked, and a write raises.
 2. *The factor leaves the range of its dtype where the directions do not.* Every entry of a factor that a product made
    is checked to be zero because an operand is, or to lie between :math:`2^{-118}` and :math:`2^{60}` (float64:
    :math:`2^{-900}` and :math:`2^{400}`); what a sum made, to lie below. It may be smaller where no direction exceeds
-   16, which then underflows as well. Where that fails the product is formed before the operation.
+   16, which then underflows as well. Where that fails the product is formed before the operation. (An operand's own
+   values may be anything until something else is multiplied in.)
 3. *It is formed under another grad mode, transform or dispatch mode than the operation.* What autograd, a transform or
    another level differentiates is never postponed, and what is formed under a mode is not kept.
-4. *Zero times infinity.* No factor is infinite or nan (by 2.), so that the dense rules decide there.
+4. *Zero times infinity.* No factor of a derivative with poles, and no product, is infinite or nan: the dense rules
+   decide there.
 
-Postponed are plain tensors on the CPU, in float32 and float64, with at least `DIRECTIONS` directions of `LARGE` numbers
-in all: below that, and on devices where the check would wait for the device, it does not pay.
+Postponed are plain tensors on the CPU, in float32 and float64, with at least `DIRECTIONS` directions of
+`tangents.LARGE` numbers in all: below that, and on devices where the check would wait for the device, it does not pay.
 """
 
 from __future__ import annotations
