@@ -409,7 +409,7 @@ def _product(factor: _Factor | None, n: float) -> Tensor | float:
 def lend(seeds: Sequence[Tangent | None]) -> list[tuple[Dense, weakref.ref[Base]]]:
     """Let the directions of seeds be bases while a function runs; returns what `take_back` needs.
 
-    Only the function itself could write to them in that time, which is noticed and raises.
+    Only the function itself could write to them in that time, which raises (except through ``.data`` or numpy).
     """
     large = []
     for t in seeds:
