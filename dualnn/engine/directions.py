@@ -9,12 +9,14 @@ number of perturbed entries. The ``basis`` sampler runs through the unit vectors
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dualnn.engine.errors import unknown_name
+from dualnn.engine.scaling import idle
 
 MASK = (1 << 63) - 1
 
@@ -31,10 +33,17 @@ def _gaussian(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.d
     return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
 
 
+@functools.lru_cache(maxsize=16)
+def _signs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device)
+        return (bits & 1).to(dtype) * 2 - 1
+
+
 def _rademacher(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     # Eight signs from each random byte by a table: nine times faster than drawing each sign by itself.
     size, device = _size(shape), generator.device
-    table = ((torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device)) & 1).to(dtype) * 2 - 1
+    table = (_signs if idle() else _signs.__wrapped__)(dtype, device)
     drawn = torch.empty((size + 7) // 8, dtype=torch.int32, device=device).random_(0, 256, generator=generator)
     return table.index_select(0, drawn).reshape(-1)[:size].reshape(shape)
 

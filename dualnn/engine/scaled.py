@@ -7,24 +7,26 @@ left undone: the tangent is kept as
 
 a *base* :math:`b` of shape ``(K, *shape)``, shared by all tangents of the chain, a *factor* :math:`\varphi` that
 broadcasts to ``shape``, and a number :math:`c`. The next operation multiplies :math:`\varphi` or c, the sum of two
-tangents of one base adds factors, and the product with the base is formed once, when somebody asks for directions.
-Sums over different bases are formed at once.
+tangents of one base adds factors, a selection selects them, and the product with the base is formed once, when somebody
+asks for directions. Sums over different bases are formed at once.
 
 Four things would make that wrong, and are guarded against:
 
 1. *Somebody writes to an operand, or to a caller's directions, before the product is formed.* A factor is always a
    tensor of our own. A base is a result that nobody else was given (`Base`), or what was lent for the run of one
-   function (`lent`); that it was not written to is checked, and a write raises.
+   function (`lend`); that it was not written to is checked, and a write raises.
 2. *The factor leaves the range of its dtype where the directions do not.* Every entry of a factor that a product made
    is checked to be zero because an operand is, or to lie between :math:`2^{-118}` and :math:`2^{60}` (float64:
    :math:`2^{-900}` and :math:`2^{400}`); what a sum made, to lie below. It may be smaller where no direction exceeds
-   16, which then underflows as well. Where that fails the product is formed before the operation.
+   16, which then underflows as well. Where that fails the product is formed before the operation. (An operand's own
+   values may be anything until something else is multiplied in.)
 3. *It is formed under another grad mode, transform or dispatch mode than the operation.* What autograd, a transform or
    another level differentiates is never postponed, and what is formed under a mode is not kept.
-4. *Zero times infinity.* No factor is infinite or nan (by 2.), so that the dense rules decide there.
+4. *Zero times infinity.* No factor of a derivative with poles, and no product, is infinite or nan: the dense rules
+   decide there.
 
-Postponed are plain tensors on the CPU, in float32 and float64, with at least `DIRECTIONS` directions of `LARGE` numbers
-in all: below that, and on devices where the check would wait for the device, it does not pay.
+Postponed are plain tensors on the CPU, in float32 and float64, with at least `DIRECTIONS` directions of
+`tangents.LARGE` numbers in all: below that, and on devices where the check would wait for the device, it does not pay.
 """
 
 from __future__ import annotations
@@ -374,31 +376,54 @@ class Scaled(Tangent):
         return data, base
 
 
+def selected(condition: Tensor, a: Tangent | None, b: Tangent | None, shape: torch.Size) -> Tangent | None:
+    """``where(condition, a, b)`` of tangents over one base (None: a constant), or None where it must be formed."""
+    terms: list[Tensor | float] = []
+    base, sure = None, True
+    for t in (a, b):
+        if type(t) is Dense and t.base is not None and t.base.data is t.data:
+            t = Scaled(t.base)
+        if t is None:
+            terms.append(0.0)
+            continue
+        if not isinstance(t, Scaled) or (base is not None and t._parts[0] is not base):
+            return None
+        base, factor, n = t._parts
+        sure = sure and (factor is None or factor.sure)
+        terms.append(_product(factor, n))
+    if base is None or base.given or base.shape != shape or not (_switch.on and idle()):
+        return None
+    if type(condition) is not Tensor or not fits(condition.shape, shape):
+        return None
+    dtype = base.data.dtype
+    one, other = (x if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype) for x in terms)
+    return Scaled(base, _Factor(torch.where(condition, one, other), sure))
+
+
 def _product(factor: _Factor | None, n: float) -> Tensor | float:
     if factor is None:
         return n
     return factor.data if n == 1.0 else times(factor.data, n)
 
 
-def lend(seeds: Sequence[Tangent | None]) -> list[Dense]:
-    """Let the directions of seeds be bases while a function runs; returns those that are, for `take_back`.
+def lend(seeds: Sequence[Tangent | None]) -> list[tuple[Dense, weakref.ref[Base]]]:
+    """Let the directions of seeds be bases while a function runs; returns what `take_back` needs.
 
-    Only the function itself could write to them in that time, which is noticed and raises.
+    Only the function itself could write to them in that time, which raises (except through ``.data`` or numpy).
     """
-    large = [
-        t
-        for t in seeds
-        if type(t) is Dense and t.base is None and t.data.numel() >= tangents.LARGE and may_wait(t.data)
-    ]
-    for t in large:
-        t.base = Base(t.data)
+    large = []
+    for t in seeds:
+        if type(t) is Dense and type(t.data) is Tensor and t.base is None and t.data.numel() >= tangents.LARGE:
+            if may_wait(t.data):
+                t.base = Base(t.data)
+                large.append((t, weakref.ref(t.base)))
     return large
 
 
-def take_back(seeds: list[Dense]) -> None:
+def take_back(lent: list[tuple[Dense, weakref.ref[Base]]]) -> None:
     """The function has ended: what outlives it (a dual that it put away) gets directions of its own."""
-    for t in seeds:
-        held, t.base = weakref.ref(t.base), None
+    for seed, held in lent:
+        seed.base = None
         base = held()
         if base is not None:
             base.depart()

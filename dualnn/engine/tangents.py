@@ -30,7 +30,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from dualnn.engine.errors import DualInputError, StructureError
 from dualnn.engine.scaling import aligned, full, idle, number, product, scaled, sum_of_products, surely_finite, times
 
-LARGE = 1 << 17  # numbers in all directions together, from which on it is looked for ways to form them less often
+LARGE = 1 << 18  # numbers in all directions together, from which on it is looked for ways to form them less often
 
 
 class Tangent:

@@ -40,12 +40,17 @@ class _Inject(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *parameters: Tensor) -> Tensor:  # noqa: D102
-        ctx.gradients = gradients
+        ctx.save_for_backward(*gradients)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: D102
-        return None, None, *[None if g is None else g * grad.to(g.dtype) for g in ctx.gradients]
+        # On other devices, looking would wait.
+        if grad.is_cpu and not torch.is_grad_enabled() and grad.item() == 1.0:
+            # As they are: saved tensors are released before they reach .grad (unless the graph is retained), which
+            # then takes the tensor instead of a copy.
+            return None, None, *ctx.saved_tensors
+        return None, None, *[None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors]
 
 
 def inject(value: Tensor, gradients: Mapping[nn.Parameter, Tensor | None]) -> Tensor:

@@ -103,13 +103,31 @@ def weight_pass(
     def low_rank(p: nn.Parameter) -> bool:
         return rank is not None and p.dim() >= 2
 
+    kept: dict[nn.Parameter, Any] = {}
+    room = offset // 8
+
+    def once(p: nn.Parameter, draw: Callable[[], Any]) -> Any:
+        """What is next to nothing beside the gradient (rank-one factors, biases) is not drawn again at its end."""
+        nonlocal room
+        used.add(p)
+        found = kept.get(p)
+        if found is None:
+            found = draw()
+            size = sum(t.numel() for t in found) if isinstance(found, tuple) else found.numel()
+            if size <= room:
+                kept[p], room = found, room - size
+        return found
+
+    def factors(p: nn.Parameter) -> tuple[Tensor, Tensor]:
+        return once(p, lambda: directions.factors(*blocks[p], tuple(p.shape), rank or 1, p))
+
+    def drawn(p: nn.Parameter) -> Tensor:
+        return once(p, lambda: directions.draw(*blocks[p], tuple(p.shape), p))
+
     def tangent(p: nn.Parameter) -> Tangent:
         if low_rank(p):
-            return LowRank(directions.num, _noting(p, used, lambda: _factors(p)), p.shape)
-        return Drawn(directions.num, _noting(p, used, lambda: directions.draw(*blocks[p], tuple(p.shape), p)))
-
-    def _factors(p: nn.Parameter) -> tuple[Tensor, Tensor]:
-        return directions.factors(*blocks[p], tuple(p.shape), rank or 1, p)
+            return LowRank(directions.num, lambda: factors(p), p.shape)
+        return Drawn(directions.num, lambda: drawn(p))
 
     with fresh_level() as level, torch.no_grad():
         duals = {p: make(p.detach(), tangent(p), level) for p in parameters}
@@ -124,22 +142,12 @@ def weight_pass(
             if p not in used:
                 continue
             if low_rank(p):
-                a, b = _factors(p)
+                a, b = factors(p)
                 gradients[p] = torch.einsum("k,kro,kri->oi", slopes.to(a.dtype), a, b).reshape(p.shape)
             else:
-                u = directions.draw(*blocks[p], tuple(p.shape), p)
+                u = drawn(p)
                 gradients[p] = torch.tensordot(slopes.to(u.dtype), u, dims=1)
     return output, gradients
-
-
-def _noting(p: nn.Parameter, used: set[nn.Parameter], draw: Callable[[], Any]) -> Callable[[], Any]:
-    """Draw, and note that the step uses this parameter."""
-
-    def noted() -> Any:
-        used.add(p)
-        return draw()
-
-    return noted
 
 
 def warn_unused(module: nn.Module, unused: list[nn.Parameter], why: str = "the step does not use") -> None:

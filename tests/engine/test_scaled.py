@@ -263,13 +263,17 @@ def test_a_function_that_overwrites_its_own_directions_raises():
         dn.jvp(careless, (x,), (t,))
 
 
+@pytest.mark.parametrize("read", [False, True])
 @pytest.mark.parametrize("how", WRITES)
-def test_what_outlives_the_function_has_directions_of_its_own(how):
+def test_what_outlives_the_function_has_directions_of_its_own(how, read):
     x, t = seeds(N)
     kept, before = [], t.clone()
 
     def leaky(y):
-        kept.extend([y * x, y * x * 2, y * 1.0])
+        kept.append(y * x)
+        if read:
+            assert torch.equal(y.tangent, t)
+        kept.extend([y * x * 2, y * 1.0])
         return y * x
 
     _, pushed = dn.jvp(leaky, (x,), (t,))
@@ -650,6 +654,41 @@ def test_where_selects():
     on, off = both(lambda y: torch.where(y > 0, torch.sqrt(2 * y), 3 * y), x, torch.ones(1, 2))
     torch.testing.assert_close(on, off)
     assert on.isfinite().all()
+
+
+def test_a_selection_over_one_base_waits():
+    x, t = seeds(2, N)
+    mask = rand(3)(2, N) > 0
+    w = rand(4)(2, N)
+    waited = []
+
+    def noted(y):
+        waited.append(waits(y))
+        return y
+
+    for fn in (
+        lambda y: noted(torch.where(mask, y * w, -0.5 * y)),
+        lambda y: noted(torch.where(mask, y * w, 1.0)),
+        lambda y: noted(torch.where(mask[0], 2.0, y * w * 0.3)) * w,
+        lambda y: noted(torch.where(mask, 2 * y, y)) * w,
+        lambda y: noted(torch.where(y > 0, y * w, y)),
+        lambda y: noted(torch.where(mask, y * torch.inf, y * w)),
+        lambda y: noted(torch.where(mask, y * w * 1e-30 * w, (y * 1e-300) * w)) * 1e200,
+    ):
+        before = len(waited)
+        on, off = both(fn, x, t)
+        torch.testing.assert_close(on, off, rtol=1e-12, atol=0, equal_nan=True)
+        assert waited[before:] in ([True, False], [False, False])
+    assert waited[0::2] == [True] * 5 + [False, False]
+
+    def two_bases(y):
+        return noted(torch.where(mask, (y * w).cumsum(0) * w, y * w))
+
+    on, off = both(two_bases, x, t)
+    torch.testing.assert_close(on, off)
+    on, off = both(lambda y: noted(torch.where(mask, y * w, torch.ones(3, 2, N).double())), x, t)  # broadcasts
+    torch.testing.assert_close(on, off)
+    assert not any(waited[-4:])
 
 
 # --- shapes and kinds

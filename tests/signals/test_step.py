@@ -165,3 +165,40 @@ def test_autocast(signal, name):
         grads.append(torch.cat([p.grad.flatten() for p in found.module.parameters()]))
         assert all(p.grad.dtype == torch.float32 for p in found.module.parameters())
     assert float((grads[0] - grads[1]).norm()) < 0.1 * float(grads[0].norm())
+
+
+@pytest.mark.parametrize("signal", [ForwardGradient(2), ActivityPerturbation(2)], ids=repr)
+def test_backward_as_torch_has_it(signal):
+    """A factor on the loss, a retained graph, gradients that are written to: the gradient is what it was."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(5, 3)
+
+    def loss():
+        for p in net.parameters():
+            p.grad = None
+        return signal_loss(lambda: net(x).square().mean(), net, signal, key=3)
+
+    def gradients():
+        return [p.grad.clone() for p in net.parameters()]
+
+    loss().backward()
+    once = gradients()
+    (loss() * 3).backward()
+    for g, expected in zip(gradients(), once, strict=True):
+        torch.testing.assert_close(g, 3 * expected)
+    kept = loss()
+    kept.backward(retain_graph=True)
+    for p in net.parameters():
+        p.grad.zero_()  # an optimizer, or clipping
+    kept.backward()
+    for g, expected in zip(gradients(), once, strict=True):
+        torch.testing.assert_close(g, expected)
+    with pytest.raises(RuntimeError, match="second time"):
+        kept.backward()
+    first = loss()
+    first.backward()
+    before = [p.grad.data_ptr() for p in net.parameters()]
+    signal_loss(lambda: net(x).square().mean(), net, signal, key=3).backward()  # accumulates
+    for p, g, place in zip(net.parameters(), once, before, strict=True):
+        torch.testing.assert_close(p.grad, 2 * g)
+        assert p.grad.data_ptr() == place

@@ -11,6 +11,7 @@ from torch import Tensor
 from dualnn.engine.dual_tensor import DualTensor
 from dualnn.engine.generic import binary, operands
 from dualnn.engine.registry import Rule, Sample, register
+from dualnn.engine.scaled import selected
 from dualnn.engine.scaling import surely_finite
 from dualnn.engine.tangents import Tangent, aligned
 
@@ -142,13 +143,18 @@ def _where_samples(rand: Callable[..., Tensor]) -> list[Sample]:
 @operands("where", _where_samples, functions=[torch.where])
 def _where(y: Tensor, t: dict, condition: Tensor, input: Tensor, other: Tensor) -> Tangent:
     # Selects tangents, never multiplies by a mask: an infinite derivative in the branch not taken stays out.
+    first, second = t["input"], t["other"]
+    if (first is not None and first.waits) or (second is not None and second.waits):
+        tan = selected(condition, first, second, y.shape)
+        if tan is not None:
+            return tan
     none = torch.zeros((), dtype=y.dtype, device=y.device)
 
     def full(tan: Tangent | None) -> Tensor:
         return none if tan is None else aligned(tan.dense(), y.dim())
 
-    present = t["input"] or t["other"]
-    return present.map(lambda _: torch.where(condition, full(t["input"]), full(t["other"])).expand(-1, *y.shape))
+    present: Tangent = first or second  # type: ignore[assignment]
+    return present.map(lambda _: torch.where(condition, full(first), full(second)).expand(-1, *y.shape))
 
 
 register(Tensor.where, rule=lambda func, args, kw: _where_method(*args, **kw))
