@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_interpreter_stack
 
 from dualnn.engine.dual_tensor import top_level
 from dualnn.engine.errors import ConvergenceError, unknown_name
 from dualnn.engine.untraced import untraced
 from dualnn.solvers.factors import refuse_mixing
+from dualnn.solvers.ode import transformed
 from dualnn.solvers.ode.bdf import BDF
 from dualnn.solvers.ode.captured import lifted, plain, refuse_captured
-from dualnn.solvers.ode.checks import check_jacobian, check_problem, check_use, tolerance
+from dualnn.solvers.ode.checks import check_jacobian, check_problem, check_types, check_use, tolerance
 from dualnn.solvers.ode.complex_states import real_event, real_matrix, real_rhs, to_complex, to_real
 from dualnn.solvers.ode.dop853 import DOP853
 from dualnn.solvers.ode.dopri5 import DOPRI5
@@ -152,10 +154,19 @@ def odeint(
         raise unknown_name("method", method, METHODS)
     if on_failure not in ON_FAILURE:
         raise unknown_name("on_failure", on_failure, ON_FAILURE)
-    check_problem(y0, t, args)
+    check_types(y0, t, args)
+    given, (fn, args) = len(args), lifted(fn, args)
+    jac = None if jac is None else own(jac, given)
+    if get_interpreter_stack():
+        transformed.refuse(fn, y0, t, args, (events is not None, full_output))
+
+        def integrated(y0: Tensor, t: Tensor, mass: Tensor | None, *args: Any) -> Tensor:
+            return odeint(fn, y0, t, args, method, rtol, atol, options, mass=mass, jac=jac, on_failure=on_failure)
+
+        return transformed.through(integrated, y0, t, mass, *args)
+    check_problem(y0, t)
     chosen = Options.of(options)
     scheme = METHODS[method](chosen)
-    given, (fn, args) = len(args), lifted(fn, args)
     watched, alone = events_of(events)
     conditions = [event.fn for event in watched]
     tol = tolerance(rtol, atol, plain(y0), chosen)
@@ -174,7 +185,7 @@ def odeint(
         args = (mass, *args)
     values = y0, t, *args
     y, at, *rest = (plain(v) for v in values)
-    field = Field(fn, rest, Counts(), mass is not None, None if jac is None else own(jac, given))
+    field = Field(fn, rest, Counts(), mass is not None, jac)
     asked = [own(placed(g), given) for g in conditions]
     follower: Follower | None = None
     if differentiated(values):

@@ -10,7 +10,6 @@ from dualnn.engine.errors import (
     StructureError,
     TangentLostError,
     UnknownNameError,
-    UnsupportedOpError,
 )
 from dualnn.solvers import odeint
 from dualnn.solvers.ode.stats import Status
@@ -362,7 +361,3 @@ class TestErrors:
                 (p.detach(),),
                 (torch.ones(1, dtype=F64),),
             )
-
-    def test_inside_torch_func(self):
-        with pytest.raises(UnsupportedOpError, match="dualnn.jvp"):
-            torch.func.grad(lambda y: odeint(linear, y, times(0, 1), (MATRIX,)).sum())(START)
