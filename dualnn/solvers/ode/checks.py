@@ -14,8 +14,10 @@ from dualnn.solvers.ode.field import Field
 from dualnn.solvers.ode.options import Options
 
 
-def check_types(y0: Any, t: Any, args: Any) -> None:
-    """Raise where start, times or arguments are none."""
+def check_types(y0: Any, t: Any, args: Any, jac: Any) -> None:
+    """Raise where start, times, arguments or Jacobian are none."""
+    if jac is not None and not callable(jac):
+        raise DualInputError(f"jac must be a function jac(t, y, *args), got {type(jac).__name__}")
     for name, x in (("y0", y0), ("t", t)):
         if not isinstance(x, Tensor):
             raise DualInputError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -69,10 +71,8 @@ def tolerance(rtol: float | Tensor, atol: float | Tensor, y: Tensor, options: Op
     return Tolerance(parts[0], parts[1], options.norm)
 
 
-def check_use(jac: Any, y0: Tensor, method: str, explicit: bool) -> None:
+def check_use(y0: Tensor, method: str, explicit: bool) -> None:
     """Raise where a Jacobian given by the user cannot be used."""
-    if not callable(jac):
-        raise DualInputError(f"jac must be a function jac(t, y, *args), got {type(jac).__name__}")
     if explicit:
         raise DualInputError(f"method={method!r} is explicit and uses no Jacobian: leave jac out")
     if y0.is_complex():
