@@ -34,7 +34,8 @@ class ODEBlock(nn.Module):
         fn: Called as ``fn(t, y)``; returns dy/dt, of y's shape, sample by sample. t broadcasts with y: ``(B, 1, …)``.
             It is called several times a step: a dropout mask drawn anew each time is no vector field.
         t: Where x is, and where the solution is wanted: increasing or decreasing.
-        method: ``"dopri5"``; ``"radau"``, ``"rodas5p"`` or ``"bdf"`` where the field is stiff.
+        method: ``"dopri5"``, or ``"dop853"`` at tight tolerances; ``"radau"``, ``"rodas5p"`` or ``"bdf"`` where the
+            field is stiff.
         rtol: Relative tolerance of a step's error.
         atol: Absolute tolerance.
         options: See `dualnn.solvers.ode.options.Options`: ``step_size`` for fixed steps, ``max_steps``, …

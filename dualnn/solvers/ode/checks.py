@@ -6,25 +6,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_interpreter_stack
 
 from dualnn.engine.dual_tensor import primal_of
-from dualnn.engine.errors import DualInputError, StructureError, UnsupportedOpError
+from dualnn.engine.errors import DualInputError, StructureError
 from dualnn.solvers.ode.control import Tolerance
 from dualnn.solvers.ode.field import Field
 from dualnn.solvers.ode.options import Options
 
 
-def check_problem(y0: Any, t: Any, args: Any) -> None:
-    """Raise where start, times or arguments make no sense."""
-    if get_interpreter_stack():
-        raise UnsupportedOpError(
-            "odeint inside a torch.func transform: use dualnn.jvp for forward derivatives, backward() or "
-            "torch.autograd.grad for reverse ones, and a batch (B, n) for vmap"
-        )
+def check_types(y0: Any, t: Any, args: Any, jac: Any) -> None:
+    """Raise where start, times, arguments or Jacobian are none."""
+    if jac is not None and not callable(jac):
+        raise DualInputError(f"jac must be a function jac(t, y, *args), got {type(jac).__name__}")
     for name, x in (("y0", y0), ("t", t)):
         if not isinstance(x, Tensor):
             raise DualInputError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if not isinstance(args, (tuple, list)):
+        raise DualInputError(f"args must be a tuple of further arguments, got {type(args).__name__}: write args=(a,)")
+
+
+def check_problem(y0: Tensor, t: Tensor) -> None:
+    """Raise where start or times make no sense."""
+    for name, x in (("y0", y0), ("t", t)):
         complex_too = " (or complex of their sizes)" if name == "y0" else ""
         if x.dtype not in (torch.float32, torch.float64, *((torch.complex64, torch.complex128) if complex_too else ())):
             raise DualInputError(f"{name} must be float32 or float64{complex_too}, got {x.dtype}: convert it")
@@ -44,8 +47,6 @@ def check_problem(y0: Any, t: Any, args: Any) -> None:
             f"t must increase or decrease without repetition: t[{bad}] = {float(primal_of(t)[bad]):.9g} is followed by "
             f"{float(primal_of(t)[bad + 1]):.9g}. Sort it, and drop what is repeated."
         )
-    if not isinstance(args, (tuple, list)):
-        raise DualInputError(f"args must be a tuple of further arguments, got {type(args).__name__}: write args=(a,)")
 
 
 def tolerance(rtol: float | Tensor, atol: float | Tensor, y: Tensor, options: Options) -> Tolerance:
@@ -70,10 +71,8 @@ def tolerance(rtol: float | Tensor, atol: float | Tensor, y: Tensor, options: Op
     return Tolerance(parts[0], parts[1], options.norm)
 
 
-def check_use(jac: Any, y0: Tensor, method: str, explicit: bool) -> None:
+def check_use(y0: Tensor, method: str, explicit: bool) -> None:
     """Raise where a Jacobian given by the user cannot be used."""
-    if not callable(jac):
-        raise DualInputError(f"jac must be a function jac(t, y, *args), got {type(jac).__name__}")
     if explicit:
         raise DualInputError(f"method={method!r} is explicit and uses no Jacobian: leave jac out")
     if y0.is_complex():

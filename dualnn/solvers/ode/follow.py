@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dualnn.engine.dual_tensor import DualTensor, primal_of, top_level
 from dualnn.solvers.ode.control import Tolerance
-from dualnn.solvers.ode.events import Crossing, crossed
+from dualnn.solvers.ode.crossing import crossed
+from dualnn.solvers.ode.events import Crossing
 from dualnn.solvers.ode.field import Field
 from dualnn.solvers.ode.loop import Step
 from dualnn.solvers.ode.method import Carry, Method, held

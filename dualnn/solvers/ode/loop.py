@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dualnn.solvers.ode.control import Tolerance, first_step
 from dualnn.solvers.ode.course import Plan, aim, begun, judged, reached
-from dualnn.solvers.ode.events import Crossing, Watch
+from dualnn.solvers.ode.events import Crossing
 from dualnn.solvers.ode.field import Field
 from dualnn.solvers.ode.method import Carry, Method, Trial, held
 from dualnn.solvers.ode.newton import Limits
@@ -23,6 +23,7 @@ from dualnn.solvers.ode.options import Options
 from dualnn.solvers.ode.outputs import Output, Outputs
 from dualnn.solvers.ode.progress import Tell
 from dualnn.solvers.ode.stats import OdeStats, Status
+from dualnn.solvers.ode.watch import Watch
 
 
 class Step(NamedTuple):

@@ -11,18 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_interpreter_stack
 
 from dualnn.engine.dual_tensor import top_level
 from dualnn.engine.errors import ConvergenceError, unknown_name
 from dualnn.engine.untraced import untraced
 from dualnn.solvers.factors import refuse_mixing
+from dualnn.solvers.ode import transformed
 from dualnn.solvers.ode.bdf import BDF
 from dualnn.solvers.ode.captured import lifted, plain, refuse_captured
-from dualnn.solvers.ode.checks import check_jacobian, check_problem, check_use, tolerance
+from dualnn.solvers.ode.checks import check_jacobian, check_problem, check_types, check_use, tolerance
 from dualnn.solvers.ode.complex_states import real_event, real_matrix, real_rhs, to_complex, to_real
 from dualnn.solvers.ode.dop853 import DOP853
 from dualnn.solvers.ode.dopri5 import DOPRI5
-from dualnn.solvers.ode.events import Event, Watch, events_of, gathered, missing
+from dualnn.solvers.ode.events import Event, events_of, gathered, missing
 from dualnn.solvers.ode.field import Counts, Field
 from dualnn.solvers.ode.follow import Forward, differentiated, sizes
 from dualnn.solvers.ode.loop import Follower, integrate
@@ -35,6 +37,7 @@ from dualnn.solvers.ode.reverse import Reverse
 from dualnn.solvers.ode.rodas5p import RODAS5P
 from dualnn.solvers.ode.runge_kutta import RungeKutta
 from dualnn.solvers.ode.stats import ON_FAILURE, OnFailure, failure
+from dualnn.solvers.ode.watch import Watch
 
 METHODS: dict[str, Callable[[Options], Method]] = {
     "bdf": lambda options: BDF(options.max_order),
@@ -71,7 +74,7 @@ def odeint(
     Derivatives are those of the discrete solution: a step's size and order are constants, its equations are
     differentiated exactly at its stages (``solvers/ode/THEORY.md``). Tangents are carried along, in memory that does
     not depend on the number of steps; a backward pass repeats the steps one by one from what each of them keeps, a few
-    times n numbers. Both nest, to any order.
+    times n numbers. Both nest, to any order. Inside ``torch.func``'s transforms it is one node (`transformed`).
 
     ===========  =====================================================================================================
     ``bdf``      backward differences of order 1 to 5: for stiff problems with many unknowns or an expensive ``fn``
@@ -137,6 +140,15 @@ def odeint(
         >>> round(float(y), 6), round(float(dy), 6)  # exp(-2), -exp(-2)
         (0.135335, -0.135335)
 
+        With an algebraic equation (the second row of the mass matrix is zero), and a Jacobian of one's own:
+
+        >>> def both(t, y):
+        ...     return torch.stack([-2 * y[..., 1], y[..., 0] - y[..., 1]], -1)
+        >>> mass, known = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, -2.0], [1.0, -1.0]]]).double()
+        >>> y = odeint(both, torch.ones(2).double(), t, (), "radau", mass=mass, jac=lambda t, y: known)[-1]
+        >>> [round(v, 5) for v in y.tolist()]
+        [0.13534, 0.13534]
+
         When is a quarter left, and how does that depend on the rate? At ln(4) / rate.
 
         >>> def left(t, y, rate):
@@ -152,17 +164,26 @@ def odeint(
         raise unknown_name("method", method, METHODS)
     if on_failure not in ON_FAILURE:
         raise unknown_name("on_failure", on_failure, ON_FAILURE)
-    check_problem(y0, t, args)
+    check_types(y0, t, args, jac)
+    given, (fn, args) = len(args), lifted(fn, args)
+    jac = None if jac is None else own(jac, given)
+    if get_interpreter_stack():
+        transformed.refuse(fn, y0, t, args, (events is not None, full_output))
+
+        def integrated(y0: Tensor, t: Tensor, mass: Tensor | None, *args: Any) -> Tensor:
+            return odeint(fn, y0, t, args, method, rtol, atol, options, mass=mass, jac=jac, on_failure=on_failure)
+
+        return transformed.through(integrated, y0, t, mass, *args)
+    check_problem(y0, t)
     chosen = Options.of(options)
     scheme = METHODS[method](chosen)
-    given, (fn, args) = len(args), lifted(fn, args)
     watched, alone = events_of(events)
     conditions = [event.fn for event in watched]
     tol = tolerance(rtol, atol, plain(y0), chosen)
     if mass is not None:
         check_mass(mass, y0, method, isinstance(scheme, RungeKutta))
     if jac is not None:
-        check_use(jac, y0, method, isinstance(scheme, RungeKutta))
+        check_use(y0, method, isinstance(scheme, RungeKutta))
     turned = y0.is_complex()
     if turned:
         fn, y0, conditions = real_rhs(fn), to_real(y0), [real_event(g) for g in conditions]
@@ -174,7 +195,7 @@ def odeint(
         args = (mass, *args)
     values = y0, t, *args
     y, at, *rest = (plain(v) for v in values)
-    field = Field(fn, rest, Counts(), mass is not None, None if jac is None else own(jac, given))
+    field = Field(fn, rest, Counts(), mass is not None, jac)
     asked = [own(placed(g), given) for g in conditions]
     follower: Follower | None = None
     if differentiated(values):

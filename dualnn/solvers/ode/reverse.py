@@ -16,7 +16,8 @@ from torch import Tensor
 from dualnn.engine.bridge import save, saved
 from dualnn.engine.dual_tensor import primal_of
 from dualnn.solvers.ode.control import Tolerance
-from dualnn.solvers.ode.events import Crossing, crossed
+from dualnn.solvers.ode.crossing import crossed
+from dualnn.solvers.ode.events import Crossing
 from dualnn.solvers.ode.field import Field
 from dualnn.solvers.ode.follow import interpolated, moving, shifted
 from dualnn.solvers.ode.loop import Step

@@ -70,6 +70,11 @@ def test_an_explicit_method_has_no_use_for_one():
         solve("dop853", jac)
 
 
+def test_a_matrix_is_no_function():
+    with pytest.raises(DualInputError, match="jac must be a function"):
+        solve("radau", jac(T[0], ROBERTSON.y0, ROBERTSON.p))
+
+
 def test_it_gets_the_arguments_as_they_were_given():
     """A module's parameters are arguments inside; not so for jac."""
 

@@ -1,5 +1,7 @@
 """Derivatives are those of the discrete solution, in every mode and order."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -232,6 +234,39 @@ def test_memory_forward_does_not_grow_with_the_steps(method):
         return m.peak
 
     assert peak(160) == peak(40)
+
+
+def spun(steps, marks):
+    """A rotation by 2 pi in fixed steps, with the tangent in its speed; bytes of all live tensors at marks."""
+    calls, seen = 0, []
+
+    def fn(t, y, w):
+        nonlocal calls
+        calls += 1
+        if calls % (12 * steps // marks) == 6:  # 12 a step: value and derivative
+            found = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+            seen.append(sum(x.numel() * x.element_size() for x in found))
+        return torch.stack([w * y[..., 1], -w * y[..., 0]], -1)
+
+    t, w = torch.tensor([0.0, 1.0], dtype=F64), torch.tensor(2 * torch.pi, dtype=F64)
+    options = {"step_size": 1 / steps, "max_steps": 2 * steps}
+    y0 = torch.tensor([1.0, 0.0], dtype=F64)
+    y, dy = dn.jvp(lambda w: odeint(fn, y0, t, (w,), "dopri5", options=options)[-1], (w,), (torch.ones_like(w),))
+    assert calls > 12 * steps
+    torch.testing.assert_close(y, y0, rtol=0, atol=1e-6)
+    torch.testing.assert_close(dy, torch.tensor([0.0, -1.0], dtype=F64), rtol=0, atol=1e-5)
+    return seen
+
+
+def test_live_tensors_of_two_hundred_steps():
+    seen = spun(200, 4)
+    assert len(seen) >= 4 and len(set(seen[1:])) == 1
+
+
+@pytest.mark.slow
+def test_live_tensors_of_a_hundred_thousand_steps():
+    seen = spun(100_000, 10)
+    assert len(seen) >= 10 and len(set(seen[1:])) == 1
 
 
 @pytest.mark.slow

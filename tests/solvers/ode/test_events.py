@@ -13,7 +13,7 @@ from dualnn.engine.errors import (
 )
 from dualnn.solvers import Event, odeint
 from dualnn.solvers.ode.stats import Status
-from tests.solvers.ode.problems import DRIVEN, F64, METHODS, driven
+from tests.solvers.ode.problems import DRIVEN, F64, METHODS, ROBERTSON, STIFF, driven, robertson
 
 methods = pytest.mark.parametrize("method", METHODS)
 TOL = {"bdf": 1e-10, "radau": 1e-9, "rodas5p": 1e-9, "dopri5": 1e-10, "dop853": 1e-10}
@@ -128,6 +128,25 @@ def test_a_bouncing_ball(method):
     (t, dt), (wanted, slopes) = (dn.jvp(f, args, seeds) for f in (ours, exact))
     torch.testing.assert_close(t, wanted, rtol=1e-7, atol=0)
     torch.testing.assert_close(dt, slopes, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("method", STIFF)
+def test_robertsons_roots(method):
+    """Eight decades apart; SUNDIALS (cvsRoberts_dns, rtol 1e-4) prints both times, and they scale with the rates."""
+    t = tensor(0.0, 4e10)
+    events = [
+        Event(lambda t, y, p: y[..., 0] - 1e-4, terminal=True, required=True),
+        Event(lambda t, y, p: y[..., 2] - 0.01, direction=1, required=True),
+    ]
+
+    def roots(p):
+        _, found = odeint(robertson, ROBERTSON.y0, t, (p,), method, 1e-6, 1e-12, events=events)
+        return torch.cat([found[0].t, found[1].t])
+
+    value, moved = dn.jvp(roots, (ROBERTSON.p,), (torch.eye(3, dtype=F64),))
+    torch.testing.assert_close(value, tensor(2.0803e7, 0.26391), rtol=1e-3, atol=0)
+    # All rates k times as large: all times 1 / k.
+    torch.testing.assert_close((moved.mT @ ROBERTSON.p), -value, rtol=2e-5, atol=0)
 
 
 @methods
