@@ -18,6 +18,7 @@ from dualnn.engine.bridge import Opaque, elementwise
 from dualnn.engine.bridge_columns import Layout, block
 from dualnn.engine.bridge_random import estimated, keys_before
 from dualnn.engine.directions import Directions, mixed
+from dualnn.engine.dual_tensor import DualTensor
 from dualnn.engine.errors import DualInputError, StructureError, TangentLostError, unknown_name
 from dualnn.engine.parameters import Places
 from dualnn.engine.snapshot import Snapshot
@@ -117,6 +118,12 @@ class LocalCall:
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
         inputs = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dtype.is_floating_point]
         places = Places(module)
+        for x in (*leaves, *places.parameters):
+            if isinstance(x, Tensor) and x.is_complex() and (isinstance(x, DualTensor) or _recorded(x)):
+                raise DualInputError(
+                    "a complex input or parameter is differentiated, its derivative would be lost: pass its real and "
+                    "imaginary parts (torch.view_as_real) and join them inside"
+                )
 
         def flat(*tensors: Tensor) -> Any:
             filled = list(leaves)
@@ -281,3 +288,7 @@ def _process() -> int:
     """The rank of this process in a distributed run, else 0."""
     found = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() if found else 0
+
+
+def _recorded(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()

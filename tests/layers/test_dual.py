@@ -80,6 +80,17 @@ def test_names_are_the_functions():
     assert "structure='auto'" in repr(layer) and "cube_root" in repr(Dual(cube_root))
 
 
+def test_a_complex_input_that_is_differentiated_is_refused():
+    x, z = torch.randn(3), torch.randn(3, dtype=torch.complex64)
+    layer = Dual(lambda x, z: x * z.real**2)
+    torch.testing.assert_close(layer(x, z), x * z.real**2)
+    z.requires_grad_()
+    with pytest.raises(DualInputError, match="complex"):
+        layer(x, z)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, z), x * z.real**2)
+
+
 def test_integer_inputs_are_constants():
     x, index = positive(4), torch.tensor([1, 0, 3, 3])
     layer = Dual(lambda x, i: x.detach()[i] * 0 + x[i] ** 2, "dense")
