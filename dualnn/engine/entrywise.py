@@ -12,7 +12,7 @@ computed. Equal operations are one. What has no rule here, or is large, is for a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -238,7 +238,7 @@ def _shape(out: Tensor, batch: int | None) -> list[int]:
 def _cast(p: _Program, out: Tensor, x: Entries, *_: Any, **__: Any) -> Entries:
     if x.dtype == out.dtype:
         return x
-    once = x.data[tuple(slice(0, 1) if s == 0 else slice(None) for s in x.data.strides)]
+    once = _cut(x.data, [d for d, s in enumerate(x.data.strides) if s == 0])
     data: Any = np.empty(once.shape, dtype=object)
     for index in np.ndindex(*data.shape):
         e = once[index]
@@ -317,17 +317,36 @@ def _view(p: _Program, out: Tensor, x: Entries, *_: Any) -> Entries:
 def _cat(p: _Program, out: Tensor, parts: Sequence[Entries], dim: int = 0) -> Entries:
     arrays, batch = p.aligned(parts, out.dim())
     dim %= out.dim()
-    if dim == batch or np.prod(_shape(out, batch)) > LARGEST:
+    if dim == batch:
         raise _WholeError
-    return Entries(np.concatenate(arrays, dim), batch, out.dtype)
+    return Entries(_joined(np.concatenate, arrays, dim, [d for d in range(out.dim()) if d != dim]), batch, out.dtype)
 
 
 def _stack(p: _Program, out: Tensor, parts: Sequence[Entries], dim: int = 0) -> Entries:
     arrays, batch = p.aligned(parts, out.dim() - 1)
     dim %= out.dim()
+    data = _joined(np.stack, arrays, dim, range(out.dim() - 1))
+    return Entries(data, None if batch is None else batch + (dim <= batch), out.dtype)
+
+
+def _joined(join: Callable[..., Any], arrays: list[Any], dim: int, axes: Iterable[int]) -> Any:
+    """Arrays put together; an axis along which none of them varies stays such a one."""
+    idle = [d for d in axes if all(a.strides[d] == 0 or a.shape[d] == 1 for a in arrays)]
+    length = [arrays[0].shape[d] for d in idle]
+    arrays = [_cut(a, idle) for a in arrays]
     if sum(a.size for a in arrays) > LARGEST:
         raise _WholeError
-    return Entries(np.stack(arrays, dim), None if batch is None else batch + (dim <= batch), out.dtype)
+    data = join(arrays, dim)
+    shape = list(data.shape)
+    for d, n in zip(idle, length, strict=True):
+        shape[d + (data.ndim > arrays[0].ndim and d >= dim)] = n
+    return np.broadcast_to(data, shape)
+
+
+def _cut(data: Any, axes: Iterable[int]) -> Any:
+    """The first entries along some axes."""
+    axes = set(axes)
+    return data[(*(slice(0, 1) if d in axes else slice(None) for d in range(data.ndim)), ...)]
 
 
 # Constants.
@@ -367,18 +386,21 @@ def _numbers(x: Any) -> Entries:
 def _reduced(p: _Program, out: Tensor, x: Entries, dims: Any, step: Callable[[Any, Any], Any]) -> Entries:
     every = range(x.data.ndim) if dims is None or dims == [] else dims if isinstance(dims, (list, tuple)) else [dims]
     axes = {d % x.data.ndim for d in every}
-    if x.batch in axes or x.data.size > LARGEST:
-        raise _WholeError
     rest = [d for d in range(x.data.ndim) if d not in axes]
-    flat = x.data.transpose([*rest, *sorted(axes)]).reshape(*(x.data.shape[d] for d in rest), -1)
+    thin = _cut(x.data, [d for d in rest if x.data.strides[d] == 0])
+    if x.batch in axes or thin.size > LARGEST:
+        raise _WholeError
+    flat = thin.transpose([*rest, *sorted(axes)]).reshape(*(thin.shape[d] for d in rest), -1)
     data: Any = np.empty(flat.shape[:-1], dtype=object)
     for index in np.ndindex(*data.shape):
         total = flat[index][0]
         for entry in flat[index][1:]:
             total = step(total, entry)
         data[index] = total
-    batch = x.batch if x.batch is None or out.dim() == x.data.ndim else rest.index(x.batch)
-    return Entries(data.reshape(_shape(out, batch)), batch, out.dtype)
+    keep = out.dim() == x.data.ndim
+    batch = x.batch if x.batch is None or keep else rest.index(x.batch)
+    data = np.expand_dims(data, sorted(axes)) if keep else data
+    return Entries(np.broadcast_to(data, _shape(out, batch)), batch, out.dtype)
 
 
 def _by(target: Any) -> Callable[..., Entries]:
@@ -397,19 +419,25 @@ def _norm(p: _Program, out: Tensor, x: Entries, order: Any = 2, dim: Any = None,
     for index in np.ndindex(*x.data.shape):
         squares[index] = p.pair(aten.mul.Tensor, out.dtype, x.data[index], x.data[index])
     total = _reduced(p, out, x._replace(data=squares), dim, partial(p.pair, aten.add.Tensor, out.dtype))
-    for index in np.ndindex(*total.data.shape):
+    data: Any = np.empty(total.data.shape, dtype=object)
+    for index in np.ndindex(*data.shape):
         e = total.data[index]
-        total.data[index] = p.emit("sqrt.default", out.dtype, e) if isinstance(e, Op) else e**0.5
-    return total
+        data[index] = p.emit("sqrt.default", out.dtype, e) if isinstance(e, Op) else e**0.5
+    return total._replace(data=data)
 
 
 def _product(p: _Program, out: Tensor, a: Entries, b: Entries) -> Entries:
     """Of matrices or of a matrix and a vector, maybe in a batch."""
     vector = b.data.ndim == 1
     right = _unsqueeze(p, torch.empty(*b.data.shape, 1, device="meta"), b, 1) if vector else b
-    (x, y), batch = p.aligned([a, right], right.data.ndim)
-    if batch is not None and batch >= x.ndim - 2:  # samples are rows, or columns
-        raise _WholeError
+    if b.batch is None and a.batch == a.data.ndim - 2:  # samples are rows
+        x, y, batch = a.data, right.data, a.batch
+    elif a.batch is None and b.batch == b.data.ndim - 1 and not vector:  # or columns
+        x, y, batch = a.data, right.data, b.batch
+    else:
+        (x, y), batch = p.aligned([a, right], right.data.ndim)
+        if batch is not None and batch >= x.ndim - 2:
+            raise _WholeError
     dims = np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     data: Any = np.empty((*dims, x.shape[-2], y.shape[-1]), dtype=object)
     if data.size * x.shape[-1] > LARGEST:

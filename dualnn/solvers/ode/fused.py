@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice, product
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -41,6 +42,8 @@ from dualnn.solvers.ode.outputs import Outputs
 from dualnn.solvers.ode.stats import OdeStats, Status
 
 FLOATS = 4  # of the numbers in a Course
+CHANGING = 4  # inputs of a program that change from step to step; the others are constant
+GUESSES = 8  # at which arguments differ from sample to sample
 AT_ONCE = 1000  # steps of a C++ program, which Python cannot interrupt
 EVERY = 8  # steps of a program of many kernels before it is asked how it stands: a GPU's answer costs some of them
 
@@ -208,18 +211,18 @@ class _Known:
     ) -> tuple[Callable[..., Sequence[Tensor]], list[Tensor]] | None:
         """The program, and its inputs behind the first four, which change from step to step."""
         parts = [split(v, level) if level else (primal_of(v), None) for v in given]
-        wide = [batch > 0 and isinstance(v, Tensor) and v.dim() > 1 and len(v) == batch for v, _ in parts]
+        wide = [batch > 0 and isinstance(v, Tensor) and v.dim() > 0 and len(v) == batch for v, _ in parts]
         values = [
             batch_last(v.detach(), w, 0) if isinstance(v, Tensor) else v for (v, _), w in zip(parts, wide, strict=True)
         ]
         tangents = [None if d is None else batch_last(d.dense(), w) for (_, d), w in zip(parts, wide, strict=True)]
         kinds = zip((*values, *tangents), (*wide, *wide), strict=True)
-        changing = [batch > 0] * 4 + [False] * sum(x is not None for x in numbers[4])
+        changing = [batch > 0] * CHANGING + [False] * sum(x is not None for x in numbers[4])
         self.step.batched = changing + [w for v, w in kinds if isinstance(v, Tensor)]
         module = module_of(fn)
         mode = () if module is None else tuple(m.training for m in module.modules())
         found = self.program.prepared((*numbers, values, tangents, tuple(wide), mode))
-        return None if found is None else (found[0], found[1][4:])
+        return None if found is None else (found[0], found[1][CHANGING:])
 
 
 def _known(fn: Callable, method: Straight, *more: Any) -> _Known:
@@ -240,8 +243,15 @@ class _Step:
 
     def build(self, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
         """One C++ function of numbers if it can be written, else what inductor makes of the tensors."""
-        if all(x.device.type == "cpu" for x in inputs) and (program := entrywise(graph, self.batched)) is not None:
-            return program
+        if all(x.device.type == "cpu" for x in inputs):
+            # An argument as long as the batch may still be the same for all samples.
+            doubtful = [i for i, b in enumerate(self.batched) if b and i >= CHANGING]
+            for shared in islice(product((False, True), repeat=len(doubtful)), GUESSES):
+                batched = list(self.batched)
+                for i, one_for_all in zip(doubtful, shared, strict=True):
+                    batched[i] = not one_for_all
+                if (program := entrywise(graph, batched)) is not None:
+                    return program
         return torch._inductor.compile(graph, list(inputs), options=OPTIONS)
 
     def __call__(

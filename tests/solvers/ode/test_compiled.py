@@ -12,7 +12,7 @@ from dualnn.engine.errors import CompileFallbackWarning, ConvergenceError, DualI
 from dualnn.solvers import odeint
 from dualnn.solvers.fused import programs_of
 from dualnn.solvers.ode import fused
-from tests.solvers.ode.problems import DRIVEN, F64, ROBERTSON, driven, robertson
+from tests.solvers.ode.problems import DRIVEN, F64, MATRIX, ROBERTSON, START, driven, linear, robertson
 
 Y0, T, P = DRIVEN
 
@@ -218,6 +218,17 @@ class TestReasons:
             quick = twice(compile=True)
         torch.testing.assert_close(quick, twice(), rtol=0, atol=0)
 
+    @pytest.mark.parametrize(
+        ("what", "keywords"),
+        [("events", {"events": lambda t, y: y[0] - 10}), ("mass matrix", {"mass": torch.eye(2, dtype=F64)})],
+    )
+    def test_what_a_program_does_not_do(self, what, keywords):
+        def call(**options):
+            return odeint(lambda t, y: -y, Y0, T, method="rodas5p", options=options, **keywords)
+
+        with pytest.warns(CompileFallbackWarning, match=what):
+            call(compile=True)
+
     def test_samples_that_mix(self):
         def fn(t, y):
             return -y.mean(0, keepdim=True).expand_as(y)
@@ -234,6 +245,37 @@ class TestReasons:
         del fn
         gc.collect()
         assert gone() is None
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (torch.full((3,), 0.5, dtype=F64), MATRIX),  # one number a sample, and a matrix that looks like a batch
+        (torch.ones((), dtype=F64), torch.stack([MATRIX, 2 * MATRIX, MATRIX / 2])),
+        (2.0, MATRIX),
+    ],
+    ids=["shared", "own", "number"],
+)
+def test_arguments_of_any_shape(args):
+    """As long as the batch, or as the state, or both."""
+
+    def fn(t, y, rate, matrix):
+        rate = rate.unsqueeze(-1) if isinstance(rate, torch.Tensor) and rate.dim() else rate
+        return rate * (matrix * y.unsqueeze(-2)).sum(-1)
+
+    y0 = torch.stack([START, 2 * START, -START])
+
+    def call(options):
+        return odeint(fn, y0, T, args, "rodas5p", options=options, full_output=True)
+
+    both(call)
+    assert all(isinstance(c, fused.Written) for c in answered(fn))
+
+
+def test_tangents_of_a_linear_system():
+    call = forward(linear, START, T, MATRIX, directions(2, START, T, MATRIX))
+    both(call)
+    assert all(isinstance(c, fused.Written) for c in answered(linear))
 
 
 def test_a_program_that_inductor_builds_gives_the_same():
