@@ -28,9 +28,15 @@ from dualnn.engine.tangents import Dense, Zero
 from dualnn.engine.untraced import untraced
 
 MANY = 16
+Backend = Callable[[torch.fx.GraphModule, Sequence[Tensor]], Callable[..., Sequence[Tensor]]]
 
 
-def compile(fn: Callable, *, backend: str = "inductor", options: dict[str, Any] | None = None) -> Compiled:
+def compile(
+    fn: Callable,
+    *,
+    backend: str | Backend = "inductor",
+    options: dict[str, Any] | None = None,
+) -> Compiled:
     """Compile a function of tensors and DualTensors.
 
     Results equal those of the eager function to rounding. Worth its price (seconds to a minute for each set of shapes)
@@ -40,7 +46,8 @@ def compile(fn: Callable, *, backend: str = "inductor", options: dict[str, Any] 
         fn: The function, or a module: parameters and buffers of a module, or of the module that a method belongs to,
             are inputs of the program, so that an optimizer's step and a replaced parameter are seen. Other tensors that
             ``fn`` captures are those of the first call.
-        backend: Of ``torch.compile``.
+        backend: Of ``torch.compile``; or a function of the recorded graph of aten operations and its inputs, which
+            returns a function of such inputs.
         options: For the backend.
 
     Returns:
@@ -59,10 +66,10 @@ def compile(fn: Callable, *, backend: str = "inductor", options: dict[str, Any] 
 class Compiled:
     """What `compile` returns."""
 
-    def __init__(self, fn: Callable, backend: str, options: dict[str, Any] | None) -> None:
+    def __init__(self, fn: Callable, backend: str | Backend, options: dict[str, Any] | None) -> None:
         functools.update_wrapper(self, fn, updated=())
         self.fn, self.backend, self.options = fn, backend, options
-        self.module = _module_of(fn)
+        self.module = module_of(fn)
         self.reason: str | None = None
         self._programs: dict[Any, _Program | str] = {}
         self._said: set[str | None] = set()
@@ -83,6 +90,20 @@ class Compiled:
 
     def attempt(self, args: tuple, kwargs: dict[str, Any]) -> tuple[bool, Any]:
         """Whether there is a program for these arguments, and what it returned; ``.reason`` says why not."""
+        program, flat, level = self._program(args, kwargs)
+        return (False, None) if program is None else (True, program(flat, level))
+
+    def prepared(self, args: tuple) -> tuple[Callable[..., Sequence[Tensor]], list[Tensor]] | None:
+        """The program for arguments like these, which must hold no duals, on flat tensors; and those to begin with.
+
+        For loops in which only numbers change: a call costs what the program does, and nothing is looked up. It takes
+        the tensors among the arguments, contiguous and in their order, and returns those among the results. None, with
+        ``.reason``, where there is no program.
+        """
+        program, flat, level = self._program(args, {})
+        return None if program is None else (program.call, flat)
+
+    def _program(self, args: tuple, kwargs: dict[str, Any]) -> tuple[_Program | None, list[Tensor], int]:
         leaves, spec = (args, None) if not kwargs and _all_tensors(args) else pytree.tree_flatten((args, kwargs))
         level = top_level(leaves)
         held = [] if self.module is None else [*self.module.parameters(), *self.module.buffers()]
@@ -90,7 +111,7 @@ class Compiled:
         if self.reason is None and any(p.requires_grad for p in held) and torch.is_grad_enabled():
             self.reason = "autograd records the module's parameters (call it under torch.no_grad())"
         if self.reason is not None:
-            return False, None
+            return None, flat, level
         if self.module is not None:
             key += tuple((p.shape, p.stride(), p.dtype, p.device) for p in held)
             key += tuple(m.training for m in self.module.modules())
@@ -105,10 +126,10 @@ class Compiled:
                     stacklevel=3,
                 )
         if isinstance(program, _Program):
-            return True, program(flat + held, level)
+            return program, flat + held, level
         self.reason = program
         self._warn()
-        return False, None
+        return None, flat, level
 
     def _traced(
         self, leaves: Sequence[Any], spec: Any, level: int, flat: list[Tensor], held: list[Tensor]
@@ -148,11 +169,14 @@ class Compiled:
             return "it writes to its arguments in place"
         if any(_random(node) for node in graph.graph.nodes):
             return "it draws random numbers, which a compiled program would draw differently"
-        if self.backend == "inductor":
+        if callable(self.backend) or self.backend == "inductor":
             # Without dynamo, whose guards cost 20 us a call: the key of the program guards all that can change.
             try:
                 with torch.no_grad():
-                    program.call = torch._inductor.compile(graph, list(alike), options=self.options)
+                    if callable(self.backend):
+                        program.call = self.backend(graph, alike)
+                    else:
+                        program.call = torch._inductor.compile(graph, list(alike), options=self.options)
             except (InductorError, InvalidCxxCompiler, CppCompileError) as error:
                 return f"inductor could not build it ({str(error).strip().splitlines()[0]}; is there a C++ compiler?)"
         else:
@@ -170,7 +194,7 @@ class _Program:
     """One compiled graph, and how its flat results make the function's own."""
 
     def __init__(self) -> None:
-        self.call: Callable[..., list[Tensor]]
+        self.call: Callable[..., Sequence[Tensor]]
         self.spec: Any = None
         self.kinds: list[Any] = []
         self.writes = self.flat = False
@@ -253,7 +277,8 @@ def _random(node: torch.fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _module_of(fn: Callable) -> nn.Module | None:
+def module_of(fn: Callable) -> nn.Module | None:
+    """The module itself, or the one that a method belongs to."""
     owner = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
     return owner if isinstance(owner, nn.Module) else None
 

@@ -59,12 +59,13 @@ class LU:
             return (rhs / self.matrix[..., 0]).to(self.dtype)
         lead = rhs.dim() - self.matrix.dim() + 1
         wide = rhs.to(self.matrix.dtype)
-        columns = merged(wide, lead).movedim(0, -1)  # (*batch, n, prod(lead))
+        # (*batch, n, prod(lead)); one right-hand side alone, the most frequent case, needs no copy.
+        columns = merged(wide, lead).movedim(0, -1) if lead else wide.unsqueeze(-1)
         if self.followed:
             found = torch.linalg.solve(self.matrix.mT if transposed else self.matrix, columns)
         else:
             found = torch.linalg.lu_solve(self.lu, self.pivots, columns, adjoint=transposed)
-        return found.movedim(-1, 0).reshape(rhs.shape).to(self.dtype)
+        return (found.movedim(-1, 0).reshape(rhs.shape) if lead else found.squeeze(-1)).to(self.dtype)
 
 
 def merged(rhs: Tensor, lead: int) -> Tensor:

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualnn.engine.compiling import Compiled, compile
+from dualnn.engine.compiling import compile
 from dualnn.engine.dual_tensor import count, make, primal_of, split, top_level
 from dualnn.engine.tangents import Zero
 from dualnn.engine.transforms import push
+from dualnn.solvers.elimination import Elimination
 from dualnn.solvers.factors import block_jacobian
 from dualnn.solvers.line_search import ARMIJO
 from dualnn.solvers.newton import default_tolerance
@@ -29,7 +30,6 @@ from dualnn.solvers.stats import Stats, Status
 
 STEPS = 4
 TURNS = 8  # of the program, each from where the last one ended
-UNROLLED = 4  # elimination written out compiles to one kernel up to here; above, its compilation does not end
 # One C++ function without temporary arrays: the kernels are shorter than what Python needs to call them.
 OPTIONS = {"cpp_wrapper": True, "force_pointwise_cat": True}
 
@@ -47,11 +47,11 @@ def fused(
         args: Its further arguments.
         tol: As for `root`.
     """
-    program = _known(fn).get(tol)
+    program = programs_of(fn).get(tol)
     if program is None:
         # What a program cannot tell: wrong shapes, and samples that mix.
         block_jacobian(lambda x: fn(x, *map(primal_of, args)), start)
-        program = _known(fn)[tol] = compile(_Program(fn, tol), options=OPTIONS)
+        program = programs_of(fn)[tol] = compile(_Program(fn, tol), options=OPTIONS)
     iterations: Tensor | None = None
     for turn in range(1, TURNS + 1):
         ran, found = program.attempt((start, *args), {})
@@ -67,18 +67,23 @@ def fused(
     return None
 
 
-def _known(fn: Callable) -> dict[Any, Compiled]:
+def programs_of(fn: Callable) -> dict[Any, Any]:
     """The programs of ``fn``; they live as long as it does (a method: as long as its object)."""
     if inspect.ismethod(fn):
         return _programs.setdefault(fn.__self__, {}).setdefault(fn.__func__, {})
     return _programs.setdefault(fn, {})
 
 
+def weakly(fn: Callable) -> Callable[[], Callable | None]:
+    """A reference that does not keep a function (a method: its object) alive."""
+    return weakref.WeakMethod(fn) if inspect.ismethod(fn) else weakref.ref(fn)
+
+
 class _Program:
     """What is recorded. Holds ``fn`` weakly, for the table of programs must not keep it alive."""
 
     def __init__(self, fn: Callable[..., Tensor], tol: float | None) -> None:
-        self.fn = weakref.WeakMethod(fn) if inspect.ismethod(fn) else weakref.ref(fn)
+        self.fn = weakly(fn)
         self.tol = tol
         self.__name__ = self.__qualname__ = getattr(fn, "__qualname__", type(fn).__name__)
 
@@ -99,7 +104,7 @@ class _Program:
         going = f.abs().amax(-1) > limit
         for _ in range(STEPS):
             f, jacobian = block_jacobian(equations, x, probe=False)
-            trial = x - solve(jacobian, f.unsqueeze(-1)).squeeze(-1)
+            trial = x - Elimination(jacobian).solve(f)
             value = equations(trial)
             fell = (value * value).sum(-1) <= (f * f).sum(-1) * (1 - 2 * ARMIJO)
             arrived = ~going
@@ -122,32 +127,6 @@ class _Program:
         if tan.is_zero:
             return none
         _, jacobian = block_jacobian(equations, x, probe=False)
-        moved = tan.map(lambda t: -solve(jacobian, t.movedim(0, -1)).movedim(-1, 0))
+        factors = Elimination(jacobian)
+        moved = tan.map(lambda t: -factors.solve(t))
         return make(x, moved, level), *course, solved & torch.isfinite(moved.dense()).all(), on_track
-
-
-def solve(matrix: Tensor, rhs: Tensor) -> Tensor:
-    """Gaussian elimination with partial pivoting, written out if small.
-
-    Shape:
-        ``matrix: (*batch, n, n), rhs: (*batch, n, k) -> (*batch, n, k)``.
-    """
-    n = matrix.shape[-1]
-    if n > UNROLLED:
-        lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
-        return torch.linalg.lu_solve(lu, pivots, rhs)
-    rows = [torch.cat([matrix[..., i, :], rhs[..., i, :]], -1) for i in range(n)]
-    for c in range(n):
-        for r in range(c + 1, n):  # the largest entry of the column comes up
-            larger = (rows[r][..., c].abs() > rows[c][..., c].abs()).unsqueeze(-1)
-            rows[c], rows[r] = torch.where(larger, rows[r], rows[c]), torch.where(larger, rows[c], rows[r])
-        for r in range(c + 1, n):
-            factor = (rows[r][..., c] / rows[c][..., c]).unsqueeze(-1)
-            rows[r] = rows[r] - factor * rows[c]
-    found: list[Tensor] = []
-    for i in reversed(range(n)):
-        right = rows[i][..., n:]
-        for j, x in zip(range(n - 1, i, -1), found, strict=True):
-            right = right - rows[i][..., j, None] * x
-        found.append(right / rows[i][..., i, None])
-    return torch.stack(found[::-1], -2)

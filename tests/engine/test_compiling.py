@@ -140,6 +140,29 @@ class TestModules:
             same(program(x), module(x))
 
 
+def test_a_backend_of_ones_own_and_a_loop_around_its_program():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(len(inputs))
+        return graph
+
+    step = dn.compile(lambda x, rate, name: (x + rate, x * rate), backend=backend)
+    x, rate = torch.zeros(3), torch.ones(3)
+    run, flat = step.prepared((x, rate, "constant"))
+    for _ in range(4):
+        flat[0], _ = run(*flat)
+    torch.testing.assert_close(flat[0], torch.full((3,), 4.0))
+    torch.testing.assert_close(step(x, rate, "constant"), (rate, x))
+    assert graphs == [2] and step.programs == 1
+
+
+def test_there_may_be_no_program_to_prepare():
+    step = dn.compile(lambda x: x if float(x.sum()) > 0 else -x, backend="eager")
+    with pytest.warns(CompileFallbackWarning, match="control flow"):
+        assert step.prepared((torch.ones(2),)) is None
+
+
 class TestFallbacks:
     def falls_back(self, fn, *args):
         program = compiled(fn)

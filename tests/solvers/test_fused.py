@@ -114,7 +114,7 @@ class TestPrograms:
         x = root(model.residual, 100 * ONE, (900 * ONE,), compile=True)  # several turns of the program
         torch.testing.assert_close(x, 30 * ONE)
         assert model.calls == before
-        assert fused._known(model.residual)[None].programs == 1
+        assert fused.programs_of(model.residual)[None].programs == 1
 
     def test_the_ordinary_solver_takes_over_only_where_it_must(self):
         calls = []

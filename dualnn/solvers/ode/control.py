@@ -50,6 +50,15 @@ class Tolerance(NamedTuple):
             return relative.abs().amax(-1)
         return torch.linalg.vector_norm(relative, dim=-1) / relative.shape[-1] ** 0.5
 
+    def of_directions(self, sizes: Tensor, old: Tensor, new: Tensor, error: Tensor) -> Tensor:
+        """The largest of K directions' errors, ``(K, *batch, n) -> batch``; ``sizes: (K,)`` as in `follow.Forward`."""
+        scaled = self.for_directions(sizes, old.dim() - 1)
+        return scaled.measure(error, scaled.scale(old, new)).amax(0)
+
+    def for_directions(self, sizes: Tensor, dim: int) -> Tolerance:
+        """For tangents of a value with ``dim`` axes."""
+        return self._replace(atol=self.atol * sizes.reshape(-1, *(1,) * dim))
+
 
 def first_step(
     rhs: Callable[[Tensor, Tensor], Tensor], t: Tensor, y: Tensor, f: Tensor, span: Tensor, order: int, tol: Tolerance

@@ -91,8 +91,7 @@ class Forward:
         if not isinstance(error, DualTensor):
             return None
         old, new = (_tangent(self.method.solution(c)) for c in (self.carry, found[0]))
-        scaled = self._scaled(tol)
-        return scaled.measure(_tangent(error), scaled.scale(old, new)).amax(0)
+        return tol.of_directions(self.size, old, new, _tangent(error))
 
     def largest(self, measure: Callable[[Carry, Tolerance], Tensor], tol: Tolerance) -> Tensor | None:
         """Among all directions."""
@@ -102,8 +101,7 @@ class Forward:
 
     def _scaled(self, tol: Tolerance) -> Tolerance:
         """What counts as 1 for tangents ``(K, *batch, n)``."""
-        size = 1.0 if self.size is None else self.size.reshape(-1, *(1,) * self.rows[0].dim())
-        return tol._replace(atol=tol.atol * size)
+        return tol if self.size is None else tol.for_directions(self.size, self.rows[0].dim())
 
     def take(self, step: Step) -> None:
         """The step with its stages as constants, then what was asked for in it."""
@@ -118,7 +116,7 @@ class Forward:
                 fn = self.events[c.event]
                 t, y = crossed(fn, self.method, self.field.args, start, self.carry, carry, stages, step.h, c)
                 self.crossings.append(c._replace(t=t, y=y))
-            self.carry = held(step.good, carry, self.carry)
+            self.carry = carry if step.every else held(step.good, carry, self.carry)
 
     def finish(self) -> Tensor:
         """All requested values, ``(T, *batch, n)``."""

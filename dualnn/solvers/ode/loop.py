@@ -39,6 +39,7 @@ class Step(NamedTuple):
     carry: tuple[Tensor, ...]
     outputs: tuple[Output, ...]
     crossings: tuple[Crossing, ...] = ()
+    every: bool = False  # all samples are good
 
     @property
     def lengths(self) -> Tensor:
@@ -97,7 +98,7 @@ def integrate(
     status = torch.where(torch.isfinite(f).all(-1), Status.RUNNING, Status.NONFINITE)
     if len(t) == 1:
         status = torch.where(status == Status.RUNNING, Status.DONE, status)
-    course = begun(now, _first(method, field, now, y, f, plan, tol, options), status)
+    course = begun(now, first(method, field, now, y, f, plan, tol, options), status)
     if follower is not None:
         follower.start(now, course.h)
     state = method.begin(field, now, y, f, course.h)
@@ -125,7 +126,7 @@ def integrate(
         passed = active & trial.solved & finite & ((trial.norm <= 1) | fixed)
         norm = trial.norm
 
-        if follower is not None and bool(passed.any()) and not fixed:
+        if follower is not None and not fixed and bool(passed.any()):
             size = follower.errors(Step(now, h, passed, _frozen(passed, trial), (), ()), tol)
             if size is not None:
                 norm = torch.where(passed, torch.maximum(norm, size), norm)
@@ -140,10 +141,12 @@ def integrate(
             after, moves = seen.shortened(after, plan.sign), passed & seen.stop.isnan()
         dense = partial(method.dense, state.carry, trial.state.carry, trial.stages, h)
         outputs = found.take(now, after, h, passed, ends, dense)
-        merged = held(moves, trial.state, state)
+        every = bool(moves.all())  # then there is nothing to hold
+        merged = trial.state if every else held(moves, trial.state, state)
         if follower is not None and bool(passed.any()):
             crossings = () if seen is None else seen.crossings
-            follower.take(Step(now, h, moves, _frozen(passed, trial), merged.carry, outputs, crossings))
+            frozen = trial.frozen if every else _frozen(passed, trial)
+            follower.take(Step(now, h, moves, frozen, merged.carry, outputs, crossings, every))
         others = None if follower is None else partial(follower.largest, tol=tol)
         state, factor = method.adapt(field, after, trial, merged, norm, course.last, moves, tol, fixed, others)
         course = judged(course, tried, trial, finite, passed, norm, found.complete, factor, plan)
@@ -165,7 +168,7 @@ def planned(t: Tensor, options: Options) -> Plan:
     )
 
 
-def _first(
+def first(
     method: Method, field: Field, now: Tensor, y: Tensor, f: Tensor, plan: Plan, tol: Tolerance, options: Options
 ) -> Tensor:
     """The first step of every sample, signed."""

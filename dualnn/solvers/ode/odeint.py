@@ -5,6 +5,7 @@ r"""Initial value problems, stiff or not, with error-controlled values and exact
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,10 +15,11 @@ from torch import Tensor
 from torch._C._functorch import get_interpreter_stack
 
 from dualnn.engine.dual_tensor import top_level
-from dualnn.engine.errors import ConvergenceError, unknown_name
+from dualnn.engine.errors import CompileFallbackWarning, ConvergenceError, DualInputError, unknown_name
 from dualnn.engine.untraced import untraced
 from dualnn.solvers.factors import refuse_mixing
-from dualnn.solvers.ode import transformed
+from dualnn.solvers.ode import fused, transformed
+from dualnn.solvers.ode.along import single
 from dualnn.solvers.ode.bdf import BDF
 from dualnn.solvers.ode.captured import lifted, plain, refuse_captured
 from dualnn.solvers.ode.checks import check_jacobian, check_problem, check_types, check_use, tolerance
@@ -97,7 +99,8 @@ def odeint(
         atol: Absolute tolerance, likewise.
         options: See `solvers.ode.options.Options`: ``first_step``, ``max_step``, ``step_size`` (fixed), ``max_steps``,
             ``norm``, ``land``, ``newton_tol``, ``sensitivities`` (tangents take part in the error test), ``max_order``,
-            ``project`` (make ``y0`` consistent with the algebraic equations), ``progress`` (show a bar).
+            ``project`` (make ``y0`` consistent with the algebraic equations), ``progress`` (show a bar),
+            ``compile`` (a small system at a hundredth of the price, after seconds of building; rodas5p).
         full_output: Return ``(y, OdeStats)``.
         mass: Mass matrix M of ``M y' = fn(t, y, *args)``, constant, ``(n, n)`` or ``(B, n, n)``, for the methods for
             stiff problems. It may be singular: rows without y' are algebraic equations (of index 1), which ``y0`` must
@@ -165,10 +168,16 @@ def odeint(
     if on_failure not in ON_FAILURE:
         raise unknown_name("on_failure", on_failure, ON_FAILURE)
     check_types(y0, t, args, jac)
+    original = fn, args
     given, (fn, args) = len(args), lifted(fn, args)
     jac = None if jac is None else own(jac, given)
     if get_interpreter_stack():
         transformed.refuse(fn, y0, t, args, (events is not None, full_output))
+        if (options or {}).get("compile") and fn is not original[0]:
+            warnings.warn(
+                "odeint takes no compiled steps: a module inside torch.func", CompileFallbackWarning, stacklevel=3
+            )
+            options = {**(options or {}), "compile": False}
 
         def integrated(y0: Tensor, t: Tensor, mass: Tensor | None, *args: Any) -> Tensor:
             return odeint(fn, y0, t, args, method, rtol, atol, options, mass=mass, jac=jac, on_failure=on_failure)
@@ -177,6 +186,8 @@ def odeint(
     check_problem(y0, t)
     chosen = Options.of(options)
     scheme = METHODS[method](chosen)
+    if chosen.compile and not isinstance(scheme, fused.Straight):
+        raise DualInputError(f"options['compile'] is for method='rodas5p', not {method!r}")
     watched, alone = events_of(events)
     conditions = [event.fn for event in watched]
     tol = tolerance(rtol, atol, plain(y0), chosen)
@@ -197,22 +208,39 @@ def odeint(
     y, at, *rest = (plain(v) for v in values)
     field = Field(fn, rest, Counts(), mass is not None, jac)
     asked = [own(placed(g), given) for g in conditions]
-    follower: Follower | None = None
-    if differentiated(values):
-        whole = field.at(args)
+    size = sizes(values).to(y) if chosen.sensitivities and top_level(values) else None
+
+    def follow() -> Follower | None:
         if top_level(values):
-            size = sizes(values).to(y) if chosen.sensitivities else None
-            follower = Forward(scheme, whole, y0, t, size, asked)
+            return Forward(scheme, field.at(args), y0, t, size, asked)
+        return Reverse(scheme, field.at(args), y0, t, asked) if differentiated(values) else None
+
+    follower, quick = None, None
+    crossings: list[Any] = []
+    if isinstance(scheme, fused.Straight) and chosen.compile:
+        others = {
+            "it watches events": watched, "there is a mass matrix": mass is not None, "jac is given": jac is not None,
+            "the state is complex": turned, "it shows a progress bar": chosen.progress,
+            "tangents of several levels take part in the error test": size is not None and not single(values),
+        }  # fmt: skip
+        if reason := next((words for words, found in others.items() if found), None):
+            warnings.warn(f"odeint takes no compiled steps: {reason}", CompileFallbackWarning, stacklevel=3)
         else:
-            follower = Reverse(scheme, whole, y0, t, asked)
-    with torch.no_grad():
-        if y.dim() > 1 and len(y) > 1:
-            refuse_mixing(lambda y: field(times(at[0], y), y), y)
-        if jac is not None:
-            check_jacobian(field, times(at[0], y), y)
-        watch = partial(Watch, watched, [lambda t, y, g=g: g(t, y, *rest) for g in asked]) if watched else None
-        with progress(at[0], at[-1], chosen.progress) as tell:
-            found, stats, crossings = integrate(scheme, field, y, at, tol, chosen, follower, watch, tell)
+            follower = None if single(values) else follow()
+            with torch.no_grad():
+                quick = fused.integrate(*original, scheme, field, y0, t, tol, chosen, size, follower)
+    if quick is not None:
+        found, stats = quick
+    else:
+        follower = follow()
+        with torch.no_grad():
+            if y.dim() > 1 and len(y) > 1:
+                refuse_mixing(lambda y: field(times(at[0], y), y), y)
+            if jac is not None:
+                check_jacobian(field, times(at[0], y), y)
+            watch = partial(Watch, watched, [lambda t, y, g=g: g(t, y, *rest) for g in asked]) if watched else None
+            with progress(at[0], at[-1], chosen.progress) as tell:
+                found, stats, crossings = integrate(scheme, field, y, at, tol, chosen, follower, watch, tell)
     if on_failure == "raise" and not bool(stats.done.all()):
         raise ConvergenceError(failure(stats, method))
     if follower is not None:

@@ -31,6 +31,13 @@ class Options:
         project: With a singular mass matrix, make any ``y0`` consistent with the algebraic equations, as far as
             ``M y0`` leaves it open. Otherwise one that is more than the tolerance away is refused.
         progress: Show a bar: how far the slowest sample is.
+        compile: Record a whole step, its decision and its derivative as one compiled program, for this and every later
+            call with the same ``fn`` (the same object) and shapes; for rodas5p. Building it takes seconds for a small
+            system on a CPU, a minute otherwise; a small system then costs a hundredth or less (`THEORY.md`, section 7).
+            What varies from call to call must be among ``args``, as tensors, or belong to the module that ``fn`` is;
+            other tensors that ``fn`` captures are those of the first call. First-order forward derivatives are part of
+            the program; others follow its steps as usual. Where there can be no program, the ordinary loop runs, and a
+            `CompileFallbackWarning` says why.
     """
 
     first_step: float | None = None
@@ -44,6 +51,7 @@ class Options:
     max_order: int = 5
     project: bool = False
     progress: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("first_step", "max_step", "newton_tol"):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dualnn.engine.dual_tensor import count, make, primal_of
 from dualnn.engine.tangents import Dense
+from dualnn.solvers.elimination import Elimination
 from dualnn.solvers.factors import LU, Factors
 from dualnn.solvers.implicit import Problem, implicit
 from dualnn.solvers.ode.along import apart, single
@@ -62,10 +63,10 @@ class Rosenbrock:
         control: Controller,
     ) -> None:
         self.gamma, self.c, self.d, self.control, self.error_order = gamma, c, d, control, error_order
+        self.pairs = list(zip(a, couple, strict=True))
         # One product gives both sums of a stage.
-        self.rows = [
-            torch.tensor(list(zip(r, s, strict=True)), dtype=torch.float64) for r, s in zip(a, couple, strict=True)
-        ]
+        self.rows = [torch.tensor(pair, dtype=torch.float64).T for pair in self.pairs]
+        self.weights = torch.tensor([*a[-1], 1.0], dtype=torch.float64)
         self.p = torch.tensor(p, dtype=torch.float64).T
 
     def solution(self, carry: Carry) -> Tensor:
@@ -122,21 +123,75 @@ class Rosenbrock:
     ) -> tuple[Carry, tuple[Any, ...], Callable[[], Tensor]]:
         """The same formulas, with a matrix that moves."""
         (y,) = carry
+        (known,) = frozen
         f, jacobian, slope = field.linearise(t, y)
         matrix = self._matrix(field, jacobian, h)
         factors = LU(primal_of(matrix).detach())
-        known = iter(frozen[0].unbind(-1))
+        if not field.weighted and (level := single((y, t, *field.args))):
+            num = count(level, (y, t, *field.args))
+            start, dy = apart(y, level, num)
+            moved = self._moved(field, t, start, dy, h, known, (f, jacobian, slope), factors, level)
+            end: Tensor = make(start + known @ self.weights.to(h), Dense(dy + moved @ self.weights.to(h)), level)
+            stages = make(known, Dense(moved), level)
+            return (end,), (stages,), lambda: stages[..., -1]
+        given = iter(known.unbind(-1))
 
         def solve(rhs: Tensor) -> Tensor:
-            u = next(known)
-            if not (level := single((matrix, rhs))):
-                return implicit(_linear(factors, u), matrix, rhs)
-            num = count(level, (matrix, rhs))
-            (_, moved), (_, pushed) = apart(matrix, level, num), apart(rhs, level, num)
-            return make(u, Dense(factors.solve(pushed - (moved @ u.unsqueeze(-1)).squeeze(-1))), level)
+            return implicit(_linear(factors, next(given)), matrix, rhs)
 
         end, u = self._stages(field, t, y, h, f, slope, solve)
         return (end,), (u,), lambda: u[..., -1]
+
+    def _moved(
+        self,
+        field: Field,
+        t: Tensor,
+        y: Tensor,
+        dy: Tensor,
+        h: Tensor,
+        known: Tensor,
+        linear: tuple[Tensor, Tensor, Tensor],
+        factors: LU,
+        level: int,
+    ) -> Tensor:
+        """The directions of the stages, whose values are known: plain but for the right-hand side itself."""
+        num, wide = len(dy), h.unsqueeze(-1)
+        df, djacobian, dslope = (apart(x, level, num)[1] for x in linear)
+        forced = djacobian @ known  # (K, *batch, n, s)
+        d = torch.tensor(self.d, dtype=h.dtype, device=h.device)
+        forced += (wide * dslope).unsqueeze(-1) * d
+        out = torch.empty_like(forced)
+        out[..., 0] = factors.solve(df + forced[..., 0])
+        for i, (row, c) in enumerate(zip(self.rows, self.c, strict=True), 1):
+            row = row.to(h)
+            sums = out[..., :i] @ row
+            at = make(y + known[..., :i] @ row[:, 0], Dense(dy + sums[..., 0]), level)
+            (_, pushed) = apart(field(t + c * h, at), level, num)
+            out[..., i] = factors.solve(pushed + sums[..., 1] / wide + forced[..., i])
+        return out
+
+    def straight(
+        self, field: Field, t: Tensor, carry: Carry, h: Tensor
+    ) -> tuple[Carry, tuple[Any, ...], Tensor, Tensor]:
+        """Value and derivative at once: the new carry, the stages, the error estimate, and whose matrix is regular."""
+        (y,) = carry
+        f, jacobian, slope = field.linearise(t, y)
+        matrix = self._matrix(field, jacobian, h)
+        factors = Elimination(primal_of(matrix))
+        field.counts.factorisations += 1
+        level = single((matrix, f))
+
+        def solve(rhs: Tensor) -> Tensor:
+            if not level:
+                return factors.solve(rhs)
+            num = count(level, (matrix, rhs))
+            (_, moved), (value, pushed) = apart(matrix, level, num), apart(rhs, level, num)
+            u = factors.solve(value)
+            return make(u, Dense(factors.solve(pushed - (moved * u.unsqueeze(-2)).sum(-1))), level)
+
+        end, u = self._stages(field, t, y, h, f, slope, solve, written_out=True)
+        regular = torch.isfinite(primal_of(jacobian)).flatten(-2).all(-1) & torch.isfinite(primal_of(u)[..., 0]).all(-1)
+        return (end,), (u,), u[..., -1], regular
 
     def dense(self, old: Carry, new: Carry, stages: tuple[Any, ...], h: Tensor, theta: Tensor) -> Tensor:
         r""":math:`(1-\theta) y_n + \theta (y_{n+1} + (1-\theta)(K_1 + \theta (K_2 + \theta K_3)))`."""
@@ -151,17 +206,39 @@ class Rosenbrock:
         return field.inertia(jacobian) / (self.gamma * h)[..., None, None] - jacobian
 
     def _stages(
-        self, field: Field, t: Tensor, y: Tensor, h: Tensor, f: Tensor, slope: Tensor, solve: Any
+        self,
+        field: Field,
+        t: Tensor,
+        y: Tensor,
+        h: Tensor,
+        f: Tensor,
+        slope: Tensor,
+        solve: Any,
+        written_out: bool = False,
     ) -> tuple[Tensor, Tensor]:
         wide = h.unsqueeze(-1)
+        sums: Any = _written_out if written_out else _by_product
+        rows: Any = self.pairs if written_out else self.rows
         found = [solve(f + (self.d[0] * wide) * slope)]
         at = y
-        for row, c, d in zip(self.rows, self.c, self.d[1:], strict=True):
-            both = torch.stack(found, -1) @ row.to(h)
-            at = y + both[..., 0]
-            rhs = field(t + c * h, at) + field.weigh(both[..., 1]) / wide
+        for row, c, d in zip(rows, self.c, self.d[1:], strict=True):
+            moved, coupled = sums(found, row)
+            at = y + moved
+            rhs = field(t + c * h, at) + field.weigh(coupled) / wide
             found.append(solve(rhs + (d * wide) * slope if d else rhs))
         return at + found[-1], torch.stack(found, -1)
+
+
+def _by_product(found: list[Tensor], row: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sums of a stage: one kernel."""
+    both = torch.stack(found, -1) @ row.to(found[0])
+    return both[..., 0], both[..., 1]
+
+
+def _written_out(found: list[Tensor], row: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:
+    """Both sums of a stage, as arithmetic that a compiler fuses with the rest."""
+    a, b = (sum((w * u for w, u in zip(c[1:], found[1:], strict=True)), c[0] * found[0]) for c in row)
+    return a, b
 
 
 def _linear(factors: Factors, known: Tensor) -> Problem:
