@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_interpreter_stack
 
 from dualnn.engine.autocast import as_now
 from dualnn.engine.errors import DualInputError, DualShapeError, StructureError, unknown_name
@@ -52,10 +53,10 @@ class ODEBlock(nn.Module):
         DualInputError: Inputs that are not floating point tensors, times out of order, tolerances out of range.
         DualShapeError: An input without a batch axis or without unknowns.
         UnknownNameError: A method, an option or a choice that does not exist.
-        UnsupportedOpError: Within ``torch.func``; `dualnn.jvp` and ``backward`` differentiate it.
 
     Attributes:
-        stats: The course of the last call (`dualnn.solvers.ode.stats.OdeStats`): steps, rejections, evaluations.
+        stats: The course of the last call (`dualnn.solvers.ode.stats.OdeStats`): steps, rejections, evaluations; None
+            within ``torch.func``.
 
     Reference:
         Chen, Rubanova, Bettencourt, Duvenaud, "Neural ordinary differential equations", 2018, arXiv 1806.07366.
@@ -149,8 +150,9 @@ class ODEBlock(nn.Module):
             return f.reshape(y.shape).to(y.dtype)
 
         called = as_now(field, x.device.type)
+        counted = not get_interpreter_stack()  # a transform of torch.func has no place for the statistics
         with torch.autocast(x.device.type, enabled=False):
-            found, self.stats = odeint(
+            found = odeint(
                 called,
                 x.reshape(len(x), -1).to(dtype),
                 times,
@@ -159,9 +161,10 @@ class ODEBlock(nn.Module):
                 self.rtol,
                 self.atol,
                 self.options,
-                full_output=True,
+                full_output=counted,
                 on_failure=self.on_failure,
             )
+        found, self.stats = found if counted else (found, None)
         if self.returns == "last":
             return found[-1].reshape(x.shape).to(x.dtype)
         return found.reshape(len(times), *x.shape).to(x.dtype)

@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from dualnn.engine.errors import UnsupportedOpError
 from dualnn.layers import ArgMin, Dual, FixedPoint, LeastSquares, LinearSolve, ODEBlock, Root
 from tests.layers.functions import Channels
 
@@ -304,19 +303,13 @@ EXACT_ALWAYS = ["jvp", "vmap", "vmap of weights", "jacfwd"]
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "ode"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_torch_func(name, transform):
     net, control = nets(name)
     if name == "random" and transform not in EXACT_ALWAYS:
         pytest.skip("tested below")
     ours, theirs = (functional(n, TRANSFORMS[transform]) for n in (net, control))
     assert_close(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), tol=1e-8)
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_torch_func_of_an_integrator_is_refused(transform):
-    with pytest.raises(UnsupportedOpError, match=r"odeint inside a torch\.func transform: use dualnn\.jvp"):
-        functional(nets("ode")[0], TRANSFORMS[transform])
 
 
 def test_torch_func_of_a_random_estimate():
