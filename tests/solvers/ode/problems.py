@@ -5,22 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dualnn.bench.ivp import robertson, van_der_pol
+
 F64 = torch.float64
 STIFF = ("radau", "rodas5p", "bdf")
 EXPLICIT = ("dopri5", "dop853")
 METHODS = (*STIFF, *EXPLICIT)
-
-
-def robertson(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
-    a, b, c = y.unbind(-1)
-    p1, p2, p3 = p.unbind(-1)
-    slow, middle, fast = p1 * a, p2 * b * c, p3 * b * b
-    return torch.stack([middle - slow, slow - middle - fast, fast], -1)
-
-
-def van_der_pol(t: Tensor, y: Tensor, eps: Tensor) -> Tensor:
-    a, b = y.unbind(-1)
-    return torch.stack([b, ((1 - a * a) * b - a) / eps.squeeze(-1)], -1)
 
 
 class Known(NamedTuple):
