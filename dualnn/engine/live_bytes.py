@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -21,6 +22,8 @@ class OpMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(issubclass(t, FakeTensor) for t in types):  # a program is being recorded: nothing is computed
+            return func(*args, **kwargs)
         with self:  # inference_mode delivers composite operations (linear, matmul) whole: see their parts
             out = func.decompose(*args, **kwargs)
         if out is not NotImplemented:

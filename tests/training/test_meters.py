@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dualnn.engine import compile
 from dualnn.engine.errors import DualInputError
 from dualnn.training.meters import LiveBytes, ProcessError, Work, forward_equivalents, peak_rss_of
 
@@ -17,6 +18,13 @@ NBYTES = 4 * N
 
 
 class TestLiveBytes:
+    def test_a_program_may_be_recorded_meanwhile(self):
+        """Recording runs on fake tensors, which have a size and no memory."""
+        x = torch.zeros(1000, dtype=torch.float32)
+        with LiveBytes() as m:
+            compile(lambda x: torch.sin(x) + 1, backend="eager")(x)
+        assert 4000 <= m.peak < 9000
+
     def test_counts_storages_once_each(self):
         x = torch.ones(N)
         with LiveBytes() as m:
