@@ -90,11 +90,11 @@ class LiveBytes(OpMode):
 
 
 def storages(leaf: object) -> Iterator[torch.UntypedStorage]:
-    """The storages with memory behind them of a tensor: none for meta tensors, several for sparse ones."""
+    """The storages with memory behind them of a tensor: none for meta and fake tensors, several for sparse ones."""
     if is_traceable_wrapper_subclass(leaf):
         for name in leaf.__tensor_flatten__()[0]:
             yield from storages(getattr(leaf, name))
-    elif not isinstance(leaf, Tensor):
+    elif not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor):
         return
     elif leaf.layout is torch.sparse_coo:
         yield from storages(leaf._indices())
