@@ -23,7 +23,7 @@ class TestLiveBytes:
         x = torch.zeros(1000, dtype=torch.float32)
         with LiveBytes() as m:
             compile(lambda x: torch.sin(x) + torch.ones(1000), backend="eager")(x)
-        assert 4000 <= m.peak < 9000
+        assert 4000 <= m.peak <= 12000  # the sine, the ones, their sum
 
     def test_counts_storages_once_each(self):
         x = torch.ones(N)
