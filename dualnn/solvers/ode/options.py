@@ -26,7 +26,9 @@ class Options:
         land: Whether steps end at every requested time (else only at the last; results between are interpolated).
             None: as suits the method.
         newton_tol: When Newton's method has converged, as a fraction of the error test's tolerance.
-        sensitivities: Tangents take part in the error test.
+        sensitivities: Tangents take part in the error test. Outside of it nothing controls them: a value may meet its
+            tolerance beside tangents that are off by orders of magnitude, most of all where an explicit method runs at
+            the edge of its stability (``experiments/work-precision``). The steps then depend on the tangents.
         max_order: Of bdf.
         project: With a singular mass matrix, make any ``y0`` consistent with the algebraic equations, as far as
             ``M y0`` leaves it open. Otherwise one that is more than the tolerance away is refused.
