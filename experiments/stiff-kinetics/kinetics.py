@@ -37,6 +37,7 @@ NOISE = 0.02
 SEEDS = (0, 1, 2)
 RTOL = 1e-6
 LONG = 20.0  # seconds: measured once
+SLOW = 5.0  # no fit
 
 Gradient = Callable[[Tensor, Tensor], tuple[float, Tensor]]  # logarithms of the rates, data -> loss, its gradient
 
@@ -195,9 +196,13 @@ def fit(gradient: Gradient, observed: Tensor, most: int) -> tuple[Tensor, list[f
 
 
 def fits(chosen: dict[str, Gradient], most: int) -> Iterator[tuple[str, dict]]:
-    """Every arm, three sets of noise."""
+    """Every arm that is not too slow, three sets of noise."""
     for name, gradient in chosen.items():
         gradient(START, data(0))  # compiles
+        begin = time.process_time()
+        gradient(START, data(0))
+        if time.process_time() - begin > SLOW:
+            continue
         runs = [fit(gradient, data(seed), most) for seed in SEEDS]
         off = torch.stack([(rates / RATES - 1).abs() for rates, _, _ in runs])
         yield (
