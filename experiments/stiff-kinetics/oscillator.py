@@ -91,7 +91,7 @@ def trajectories(count: int, seed: int, eps: float = EPS) -> tuple[Tensor, Tenso
     return start, seen + 0.01 * torch.randn(seen.shape, generator=g, dtype=F64)
 
 
-def train(method: str, seed: int, epochs: int, folder: pathlib.Path) -> dict[str, float]:
+def train(method: str, seed: int, epochs: int) -> dict[str, float]:
     """Error of the learned damping, loss on fresh trajectories, CPU seconds."""
     torch.manual_seed(seed)
     model = Oscillator(method)
@@ -99,7 +99,7 @@ def train(method: str, seed: int, epochs: int, folder: pathlib.Path) -> dict[str
     trainer = L.Trainer(
         max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, enable_checkpointing=False,
         enable_model_summary=False, log_every_n_steps=1,
-        logger=TensorBoardLogger(folder / "logs", name=method, version=seed),
+        logger=TensorBoardLogger("logs", name=f"stiff-kinetics/{method}", version=seed),
     )  # fmt: skip
     begin = time.process_time()
     trainer.fit(model, loader)
@@ -156,7 +156,7 @@ def main() -> None:
             result["a step"][f"{method}, eps = {eps:g}"] = row
             print(method, eps, row, flush=True)
     for method in ("radau", "dopri5"):
-        runs = [train(method, seed, 1 if options.fast else options.epochs, options.folder) for seed in options.seeds]
+        runs = [train(method, seed, 1 if options.fast else options.epochs) for seed in options.seeds]
         row = {name: [run[name] for run in runs] for name in runs[0]}
         result["training"][method] = row
         print(method, row, flush=True)
